@@ -1,0 +1,119 @@
+"""From argv to exit status: docopt, signals, and the one place that turns an error into an exit.
+
+A command gives `run` its usage and a function of `Options` and `Report`.  Whatever that function raises becomes a
+message and a status here; a signal becomes `Stopped`, so that everything under way can put a guest back before the
+command dies of it.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import CannotDo, Stopped, VmstateError, WrongUsage
+from .report import Report
+
+Options = dict[str, Any]
+Main = Callable[[Options, Report], int | None]
+
+PUT_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
+    """Parse argv by `usage`, call `main`, exit with the truth.
+
+    A pure filter (not `owns_guest`) dies of SIGPIPE as gzip does.
+    """
+    name = os.path.basename(sys.argv[0])
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN if owns_guest else signal.SIG_DFL)
+    for number in PUT_BACK:
+        # Who was started with a signal ignored (nohup) keeps it so.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
+    # Asked for a line of progress when there is none to tell: not a reason to die.
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
+    report = Report(name)
+    try:
+        options = _parse(name, usage)
+        report = Report(
+            name, quiet=options["--quiet"], verbose=options["--verbose"], as_json=bool(options.get("--json"))
+        )
+        status = main(options, report) or 0
+        _finish()
+    except VmstateError as error:
+        report.error(error)
+        status = error.status
+    except Stopped as stopped:
+        _die_of(stopped.number)
+    except BrokenPipeError:
+        report.error(CannotDo("the reader of standard output went away"))
+        status = 1
+    except OSError as error:
+        report.error(CannotDo(_words(error)))
+        status = 1
+    except Exception as error:  # noqa: BLE001 - no traceback reaches a user, unless asked for
+        if os.environ.get("VM_DEBUG"):
+            raise
+        text = f"internal error: {type(error).__name__}: {error}"
+        report.error(CannotDo(text, "this is a bug of ours; VM_DEBUG=1 shows where it happened"))
+        status = 1
+    _leave(status)
+
+
+def _parse(name: str, usage: str) -> Options:
+    from docopt import DocoptExit, docopt
+
+    try:
+        return dict(docopt(usage, version=f"{name} (vmstate) {__version__}"))
+    except DocoptExit as error:
+        reason = str(error).split("\n")[0]
+        said = f"wrong usage: {reason}" if reason and not reason.lower().startswith("usage") else "wrong usage"
+        raise WrongUsage(said, *(line.strip() for line in error.usage.split("\n")[1:]), f"{name} --help") from error
+
+
+def _stop(number: int, _frame: object) -> None:
+    # A second signal must not interrupt the putting back.
+    for other in PUT_BACK:
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _die_of(number: int) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
+
+
+def _finish() -> None:
+    """Flushing standard output is part of the job and can fail."""
+    sys.stdout.flush()
+
+
+def _leave(status: int) -> NoReturn:
+    # Whatever stands in Python's own buffers has been flushed; closing down the interpreter could only fail again.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _words(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
+
+
+def guest_path(options: Options) -> str:
+    """GUEST, or what VM_GUEST names."""
+    path = options.get("GUEST") or os.environ.get("VM_GUEST")
+    if not path:
+        raise WrongUsage("no guest given", "name the path of its QMP socket, or set VM_GUEST")
+    return str(path)
+
+
+def progress_mode(options: Options) -> str:
+    """'on', 'off' or 'auto'."""
+    if options["--no-progress"] or options["--quiet"]:
+        return "off"
+    return "on" if options["--progress"] else "auto"

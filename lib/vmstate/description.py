@@ -1,0 +1,121 @@
+"""The end of a state: the end mark, the JSON description behind it, and the device sections that it describes.
+
+QEMU's device sections have no lengths; the description tells the size of each.  A state has its end when its last bytes
+are an end mark and a whole description, and the sections that lie before the mark are those which it describes.
+
+Source of the format: migration/savevm.c (qemu_savevm_state_complete_precopy), migration/vmstate.c (vmsd_desc_field_start).
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from . import layout
+from .errors import Damaged
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a state.  Sizes are bytes; `devices` counts the device sections that were found before the end mark.
+
+    tail: from the first of those sections to the end of the state.  runstate: that of the guest when it was saved.
+    """
+
+    tail: int
+    description: int
+    devices: int
+    runstate: str
+
+
+def description_at_end(data: bytes) -> tuple[int, int] | None:
+    """Where `data` ends with an end mark and a description of fitting length: offsets of mark and JSON."""
+    if data[-1:] != b"}":
+        return None
+    # JSON holds no NUL, and the length before it has one in its first byte (under 16 MiB) at the least.
+    last_nul = data.rfind(b"\0")
+    for start in range(max(last_nul + 1, layout.END.size), last_nul + 5):
+        mark = start - layout.END.size
+        if start < len(data) and data[start] == 0x7B:
+            eof, tag, size = layout.END.unpack_from(data, mark)
+            if (eof, tag, size) == (layout.QEMU_VM_EOF, layout.QEMU_VM_VMDESCRIPTION, len(data) - start):
+                return mark, start
+    return None
+
+
+def find_end(data: bytes) -> End | None:
+    """The end of the state whose last bytes are `data`; None where `data` does not end like a state.
+
+    Raises Damaged where there is an end mark with a description, but sections and description do not fit each other.
+    """
+    place = description_at_end(data)
+    if place is None:
+        return None
+    mark, start = place
+    try:
+        devices = json.loads(data[start:])["devices"]
+        expected = [(str(device["name"]), int(device["instance_id"]), _size(device), device) for device in devices]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"the description at the end cannot be read: {error}") from error
+    return _match(data, mark, start, expected)
+
+
+def judge_end(data: bytes) -> End:
+    """The end of the state whose last bytes are `data`; Damaged where it has none."""
+    end = find_end(data)
+    if end is None:
+        raise Damaged(
+            "the state is not whole: expected an end mark and the whole description of the devices as its last bytes, "
+            f"found {data[-16:].hex(' ') or 'nothing'}"
+        )
+    return end
+
+
+def _size(device: dict[str, Any]) -> int:
+    """Bytes of a device's fields and subsections."""
+    total = sum(int(field["size"]) * int(field.get("array_len", 1)) for field in device["fields"])
+    return total + sum(_subsection_size(part) for part in device.get("subsections", ()))
+
+
+def _subsection_size(part: dict[str, Any]) -> int:
+    # tag, length of name, name, version
+    return 1 + 1 + len(part["vmsd_name"].encode()) + 4 + _size(part)
+
+
+def _match(data: bytes, mark: int, start: int, expected: list[tuple[str, int, int, dict[str, Any]]]) -> End:
+    at, found, runstate = mark, 0, ""
+    for name, instance, size, device in reversed(expected):
+        header = bytes([len(name.encode())]) + name.encode() + layout.U32.pack(instance)
+        # tag and section id before the name, version behind the instance, footer behind the fields
+        first = at - (5 + len(header) + 4 + size + layout.FOOTER.size)
+        if not _is_section(data, first, at, header):
+            break
+        if name == "globalstate":
+            runstate = _runstate(data[first + 5 + len(header) + 4 : at], device)
+        at, found = first, found + 1
+    # What is not found here came before RAM (virtio-mem); the RAM section's footer then lies before the first device.
+    if not runstate or at < 5 or data[at - 5] != layout.QEMU_VM_SECTION_FOOTER:
+        name = expected[-1 - found][0] if found < len(expected) else "globalstate"
+        raise Damaged(f"the sections before the end mark are not those of the description: expected {name!r}")
+    return End(tail=len(data) - at, description=len(data) - start, devices=found, runstate=runstate)
+
+
+def _is_section(data: bytes, first: int, behind: int, header: bytes) -> bool:
+    if first < 0 or data[first] != layout.QEMU_VM_SECTION_FULL:
+        return False
+    tag, footer_id = layout.FOOTER.unpack_from(data, behind - layout.FOOTER.size)
+    return (
+        tag == layout.QEMU_VM_SECTION_FOOTER
+        and data[first + 1 : first + 5] == layout.U32.pack(footer_id)
+        and data[first + 5 : first + 5 + len(header)] == header
+    )
+
+
+def _runstate(payload: bytes, device: dict[str, Any]) -> str:
+    """The run state in a globalstate section (migration/global_state.c)."""
+    at = 0
+    for entry in device["fields"]:
+        size = int(entry["size"]) * int(entry.get("array_len", 1))
+        if entry["name"] == "runstate":
+            return payload[at : at + size].split(b"\0")[0].decode("ascii", "replace")
+        at += size
+    return ""

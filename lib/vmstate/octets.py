@@ -1,0 +1,302 @@
+"""The only place that reads and writes descriptors: inputs, outputs, and the ring that carries bytes from one to the other.
+
+Bulk bytes pass in blocks of up to 1 MiB (`BLOCK`) and are never joined or copied on their way. All offsets count bytes
+from the start of the input.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import select
+import socket
+import stat
+import struct
+import termios
+from collections.abc import Iterator
+from typing import Protocol
+
+from .errors import CannotDo, Damaged, WrongUsage
+
+BLOCK = 1 << 20
+# What is held back until an input has proven its end: QEMU starts a guest once it has the end mark, and the description
+# behind that mark alone has 1.6 MB for a guest with 200 vCPUs.
+HOLD = 16 << 20
+SIOCOUTQ = termios.TIOCOUTQ
+F_SETPIPE_SZ = 1031
+
+
+def kind(fd: int) -> str:
+    """'terminal', 'pipe', 'file', 'socket' or 'other' (/dev/null and the like)."""
+    mode = os.fstat(fd).st_mode
+    if os.isatty(fd):
+        return "terminal"
+    for name, test in (("pipe", stat.S_ISFIFO), ("file", stat.S_ISREG), ("socket", stat.S_ISSOCK)):
+        if test(mode):
+            return name
+    return "other"
+
+
+def enlarge(fd: int) -> None:
+    """Give a pipe room for a whole block, a socket for four, as far as the system lets us."""
+    with contextlib.suppress(OSError):
+        if kind(fd) == "pipe":
+            fcntl.fcntl(fd, F_SETPIPE_SZ, BLOCK)
+        elif kind(fd) == "socket":
+            with socket.socket(fileno=os.dup(fd)) as twin:
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    twin.setsockopt(socket.SOL_SOCKET, option, 4 * BLOCK)
+
+
+def channel() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a roomy stream socket: one for QEMU, one for us."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end in ends:
+        enlarge(end.fileno())
+    return ends
+
+
+def unread(fd: int) -> int:
+    """Bytes that the reader of this pipe, or the far end of this socket, has not taken yet."""
+    request = SIOCOUTQ if kind(fd) == "socket" else termios.FIONREAD
+    answer = fcntl.ioctl(fd, request, b"\0" * 4)
+    return int(struct.unpack("i", answer)[0])
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data`.
+
+    Raises BrokenPipeError or ConnectionError when the reader has gone, OSError when the place is full.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            # A descriptor shared with a shell or ssh may have been made non-blocking by the other side.
+            select.select([], [fd], [])
+
+
+class Reader(Protocol):
+    """Where bytes come from: `readinto` fills at least one byte, or gives 0 at the end."""
+
+    def readinto(self, view: memoryview, /) -> int: ...
+
+
+class FdReader:
+    """A descriptor as a `Reader`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def readinto(self, view: memoryview, /) -> int:
+        while True:
+            try:
+                return os.readv(self.fd, [view])
+            except BlockingIOError:
+                select.select([self.fd], [], [])
+
+
+class Pushback:
+    """A `Reader` that first gives what had been read ahead."""
+
+    def __init__(self, ahead: bytes, behind: Reader) -> None:
+        self._ahead = memoryview(ahead)
+        self._behind = behind
+
+    def readinto(self, view: memoryview, /) -> int:
+        if not self._ahead:
+            return self._behind.readinto(view)
+        count = min(len(view), len(self._ahead))
+        view[:count] = self._ahead[:count]
+        self._ahead = self._ahead[count:]
+        return count
+
+
+def read_up_to(source: Reader, count: int) -> bytes:
+    """`count` bytes, fewer only where the input ends."""
+    data = bytearray(count)
+    have = 0
+    with memoryview(data) as view:
+        while have < count:
+            got = source.readinto(view[have:])
+            if not got:
+                break
+            have += got
+    return bytes(data[:have])
+
+
+class Ring:
+    """Bytes on their way through one fixed piece of memory.
+
+    They come in at `space()` + `filled(n)` and leave from `oldest(keep)` + `taken(n)`; the last `size` bytes that came in
+    stay readable with `last(n)` also when they have left.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.came = 0
+        self.left = 0
+        self._view = memoryview(mmap.mmap(-1, size))
+
+    def space(self) -> memoryview:
+        """Where the next bytes go: one piece of at most a block."""
+        at = self.came % self.size
+        free = self.size - (self.came - self.left)
+        return self._view[at : at + min(free, self.size - at, BLOCK)]
+
+    def filled(self, count: int) -> None:
+        self.came += count
+
+    def oldest(self, keep: int = 0) -> memoryview:
+        """The bytes next to leave, in one piece; the newest `keep` bytes stay."""
+        at = self.left % self.size
+        ready = max(0, self.came - self.left - keep)
+        return self._view[at : at + min(ready, self.size - at)]
+
+    def taken(self, count: int) -> None:
+        self.left += count
+
+    def last(self, count: int) -> bytes:
+        """The newest `count` bytes (fewer if fewer came)."""
+        count = min(count, self.came, self.size)
+        start = (self.came - count) % self.size
+        first = self._view[start : start + count]
+        return bytes(first) + bytes(self._view[: count - len(first)])
+
+    def drain(self, fd: int, keep: int = 0) -> None:
+        """Write to `fd` all but the newest `keep` bytes."""
+        while ready := self.oldest(keep):
+            write_all(fd, ready)
+            self.taken(len(ready))
+
+
+class Held:
+    """An output that keeps the newest `HOLD` bytes back until `release()`: what is not proven has not come whole."""
+
+    def __init__(self, fd: int, hold: int = HOLD) -> None:
+        self._fd = fd
+        self._hold = hold
+        self._ring = Ring(hold + BLOCK)
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            space = self._ring.space()
+            count = min(len(space), len(view))
+            space[:count] = view[:count]
+            self._ring.filled(count)
+            self._ring.drain(self._fd, self._hold)
+            view = view[count:]
+
+    def release(self) -> None:
+        self._ring.drain(self._fd)
+
+
+class Output:
+    """Where a command writes: standard output, or a named file that appears whole or not at all.
+
+    `settle()` proves the bytes: a file is fsynced (a named one then renamed into place), a pipe or socket has been emptied
+    by its reader.  `abandon()` takes a named file away.
+    """
+
+    def __init__(self, path: str | None, default_fd: int = 1) -> None:
+        self._path = None if path in (None, "-") else path
+        self._temporary: str | None = None
+        self.fd = default_fd
+        if self._path is not None:
+            self._create(self._path)
+        self.kind = kind(self.fd)
+        if self.kind == "terminal":
+            raise WrongUsage("standard output is a terminal, and a state is binary", "redirect it: > FILE, or | COMMAND")
+        enlarge(self.fd)
+
+    def _create(self, path: str) -> None:
+        if os.path.exists(path) and not os.path.isfile(path):
+            self.fd = os.open(path, os.O_WRONLY)
+            return
+        self._path = os.path.realpath(path)
+        self._temporary = f"{self._path}.{os.getpid()}.part"
+        try:
+            self.fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            self._temporary = None
+            raise CannotDo(f"cannot create {path}: {error.strerror}") from error
+
+    def refuse_as_input(self, fd: int) -> None:
+        """The same file as input and output would destroy it: WrongUsage."""
+        name = self._path if self._temporary else None
+        ours = os.stat(name) if name and os.path.exists(name) else os.fstat(self.fd)
+        theirs = os.fstat(fd)
+        if stat.S_ISREG(theirs.st_mode) and os.path.samestat(ours, theirs):
+            self.abandon()
+            raise WrongUsage("input and output are the same file")
+
+    def settle(self) -> None:
+        if self.kind == "file":
+            os.fsync(self.fd)
+        elif self.kind in ("pipe", "socket"):
+            wait_until_read(self.fd)
+        if self._temporary and self._path:
+            # A new file is for its owner alone, since a state holds every secret of the guest; an old one keeps its mode.
+            if os.path.exists(self._path):
+                os.fchmod(self.fd, os.stat(self._path).st_mode & 0o777)
+            os.rename(self._temporary, self._path)
+            self._temporary = None
+            _fsync_folder(self._path)
+
+    def abandon(self) -> None:
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+            self._temporary = None
+
+
+def _fsync_folder(path: str) -> None:
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def wait_until_read(fd: int) -> None:
+    """Return once the reader of a pipe or socket has taken every byte; BrokenPipeError if it goes away first."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    pause = 1
+    while unread(fd):
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(pause)):
+            raise BrokenPipeError("the reader went away before it had read everything")
+        pause = min(20, pause * 2)
+
+
+def open_input(path: str | None) -> int:
+    """The descriptor of FILE, or of standard input (None or '-'); a terminal is refused."""
+    if path in (None, "-"):
+        if kind(0) == "terminal":
+            raise WrongUsage("standard input is a terminal, and a state is binary", "redirect it: < FILE, or COMMAND |")
+        fd = 0
+    else:
+        assert path is not None
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CannotDo(f"cannot open {path}: {error.strerror}") from error
+    enlarge(fd)
+    return fd
+
+
+def blocks(source: Reader) -> Iterator[memoryview]:
+    """All of an input, block by block; each view is good until the next one is asked for."""
+    buffer = memoryview(bytearray(BLOCK))
+    while count := source.readinto(buffer):
+        yield buffer[:count]
+
+
+def exactly(source: Reader, count: int, offset: int, what: str) -> bytes:
+    """`count` bytes at `offset` of the input; Damaged where it ends before."""
+    data = read_up_to(source, count)
+    if len(data) < count:
+        raise Damaged(f"truncated at offset {offset + len(data)}, in {what}: expected {count} bytes, found {len(data)}")
+    return data

@@ -117,3 +117,12 @@ def progress_mode(options: Options) -> str:
     if options["--no-progress"] or options["--quiet"]:
         return "off"
     return "on" if options["--progress"] else "auto"
+
+
+def change_run_state(options: Options, report: Report, change: Callable[[str], Any]) -> None:
+    """`vm-stop` and `vm-cont`: a verb on a guest, whose outcome is its run state."""
+    path = guest_path(options)
+    standing = change(path)
+    if report.as_json:
+        report.record("result", sys.stdout, status=0, guest=path, state=standing.run)
+    report.note(f"the guest is '{standing.run}'")

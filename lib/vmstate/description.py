@@ -3,7 +3,8 @@
 QEMU's device sections have no lengths; the description tells the size of each.  A state has its end when its last bytes
 are an end mark and a whole description, and the sections that lie before the mark are those which it describes.
 
-Source of the format: migration/savevm.c (qemu_savevm_state_complete_precopy), migration/vmstate.c (vmsd_desc_field_start).
+Source of the format: migration/savevm.c (qemu_savevm_state_complete_precopy), migration/vmstate.c
+(vmsd_desc_field_start).
 """
 
 import json

@@ -1,6 +1,7 @@
 """The head of a state: magic, configuration, first commands and the list of RAM blocks, from its first kilobytes.
 
-Source of the format: migration/savevm.c (qemu_savevm_state_header, vmstate_configuration), migration/ram.c (ram_save_setup).
+Source of the format: migration/savevm.c (qemu_savevm_state_header, vmstate_configuration), migration/ram.c
+(ram_save_setup).
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The only place that reads and writes descriptors: inputs, outputs, and the ring that carries bytes from one to the other.
+"""The only place that reads and writes descriptors: inputs, outputs, and the ring between them.
 
 Bulk bytes pass in blocks of up to 1 MiB (`BLOCK`) and are never joined or copied on their way. All offsets count bytes
 from the start of the input.
@@ -129,8 +129,8 @@ def read_up_to(source: Reader, count: int) -> bytes:
 class Ring:
     """Bytes on their way through one fixed piece of memory.
 
-    They come in at `space()` + `filled(n)` and leave from `oldest(keep)` + `taken(n)`; the last `size` bytes that came in
-    stay readable with `last(n)` also when they have left.
+    They come in at `space()` + `filled(n)` and leave from `oldest(keep)` + `taken(n)`; the last `size` bytes that came
+    in stay readable with `last(n)` also when they have left.
     """
 
     def __init__(self, size: int) -> None:
@@ -196,8 +196,8 @@ class Held:
 class Output:
     """Where a command writes: standard output, or a named file that appears whole or not at all.
 
-    `settle()` proves the bytes: a file is fsynced (a named one then renamed into place), a pipe or socket has been emptied
-    by its reader.  `abandon()` takes a named file away.
+    `settle()` proves the bytes: a file is fsynced (a named one then renamed into place), a pipe or socket has been
+    emptied by its reader.  `abandon()` takes a named file away.
     """
 
     def __init__(self, path: str | None, default_fd: int = 1) -> None:
@@ -208,7 +208,8 @@ class Output:
             self._create(self._path)
         self.kind = kind(self.fd)
         if self.kind == "terminal":
-            raise WrongUsage("standard output is a terminal, and a state is binary", "redirect it: > FILE, or | COMMAND")
+            hint = "redirect it: > FILE, or | COMMAND"
+            raise WrongUsage("standard output is a terminal, and a state is binary", hint)
         enlarge(self.fd)
 
     def _create(self, path: str) -> None:
@@ -238,7 +239,8 @@ class Output:
         elif self.kind in ("pipe", "socket"):
             wait_until_read(self.fd)
         if self._temporary and self._path:
-            # A new file is for its owner alone, since a state holds every secret of the guest; an old one keeps its mode.
+            # A new file is for its owner alone, since a state holds every secret of the guest; an old one keeps its
+            # mode.
             if os.path.exists(self._path):
                 os.fchmod(self.fd, os.stat(self._path).st_mode & 0o777)
             os.rename(self._temporary, self._path)

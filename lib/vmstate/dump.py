@@ -1,0 +1,178 @@
+"""A running guest's state to a sink, such that the guest runs on by itself until the sink is proven.
+
+Here the part that talks to QEMU and the part that reads the stream meet.
+"""
+
+import errno
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from . import guest
+from .command import PUT_BACK
+from .description import End
+from .errors import CannotDo, Stopped, VmstateError
+from .guard import Guard
+from .octets import Output, channel
+from .progress import Progress, Sample
+from .relay import Outgoing
+from .report import Report, size_words, time_words
+from .stage import Stage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file."""
+
+    path: str
+    stop: bool = False
+    after: str = "paused"
+    rate: int | None = None
+    downtime: int | None = None
+    to: str | None = None
+    out: str | None = None
+
+
+class Dump:
+    """One dump, from its plan to its outcome."""
+
+    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+        self._plan = plan
+        self._report = report
+        self._mode = mode
+        self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
+        self._guard = self._make_guard()
+        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime)
+        self._ours, self._theirs = channel()
+        self._outgoing = Outgoing(self._ours, self._sink.fd)
+        self._started = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Send, prove, give away; the outcome as values.  Whatever goes wrong, the guest is put back first."""
+        try:
+            end = self._send()
+            self._prove()
+            # From here on there is nothing to put back: a signal comes too late.
+            for number in PUT_BACK:
+                signal.signal(number, signal.SIG_IGN)
+            self._outgoing.answer(0)
+        except BaseException as error:
+            raise self._put_back(error) from error
+        info = self._sending.completed().info
+        if self._guard:
+            self._guard.done()
+        state = guest.finish(self._plan.path, self._plan.after)
+        return self._outcome(end, info, state)
+
+    def _make_guard(self) -> Guard | None:
+        if isinstance(self._sink, Stage):
+            return Guard(self._plan.path, self._sink.group, self._sink.fd)
+        return Guard(self._plan.path) if self._plan.stop else None
+
+    def _send(self) -> End:
+        watch = self._guard.watch if self._guard else lambda: None
+        self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch)
+        self._theirs.close()
+        with Progress(self._report, self._mode, self._sample):
+            return self._outgoing.run()
+
+    def _prove(self) -> None:
+        if isinstance(self._sink, Output):
+            self._sink.settle()
+        else:
+            if self._guard:
+                self._guard.let_go()
+            self._sink.finish()
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        """Undo all; the error to raise, with what has become of the guest."""
+        self._ours.close()
+        self._theirs.close()
+        if isinstance(self._sink, Output):
+            self._sink.abandon()
+        else:
+            self._sink.end()
+        try:
+            standing = self._sending.take_back() if self._sending.begun else None
+        except VmstateError as trouble:
+            self._report.warning(f"{trouble}")
+            standing = None
+        if self._guard:
+            self._guard.done()
+        if isinstance(error, Stopped) or not isinstance(error, Exception):
+            return error
+        return self._explain(error, standing)
+
+    def _explain(self, error: Exception, standing: guest.Standing | None) -> Exception:
+        text = str(error)
+        if isinstance(error, OSError):
+            gone = isinstance(error, BrokenPipeError | ConnectionError)
+            who = f"the sink '{self._plan.to}'" if self._plan.to else "the reader of standard output"
+            text = f"{who} went away" if gone else f"cannot write the state: {error.strerror}"
+            if error.errno == errno.ENOSPC:
+                text += f" (after {size_words(self._outgoing.sent)})"
+        elif not isinstance(error, VmstateError):
+            return error
+        if standing is None:
+            return error if isinstance(error, VmstateError) else CannotDo(text)
+        if standing.migration == "cancelled":
+            text = "the migration was cancelled"
+        elif text.startswith("QEMU gave up") and standing.reason:
+            text += f": {standing.reason}"
+        hints = error.hints if isinstance(error, VmstateError) else ()
+        return CannotDo(f"{text}; the guest {words_of(standing.run)}", *hints)
+
+    def _sample(self) -> Sample | None:
+        try:
+            info = guest.glance(self._plan.path, 0.4).info
+        except VmstateError:
+            return None
+        return sample_of(info)
+
+    def _outcome(self, end: End, info: dict[str, Any], state: str) -> dict[str, Any]:
+        return {
+            "guest": self._plan.path,
+            "state": state,
+            "saved": end.runstate,
+            "machine": self._outgoing.head.machine if self._outgoing.head else None,
+            "bytes": self._outgoing.sent,
+            "devices": end.devices,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "downtime_ms": info.get("downtime"),
+        }
+
+
+def words_of(run: str) -> str:
+    return "runs on" if run == "running" else f"is '{run}' as before"
+
+
+def sample_of(info: dict[str, Any]) -> Sample | None:
+    """What `query-migrate` says, as progress."""
+    ram = info.get("ram")
+    if not ram or "total" not in ram:
+        return None
+    rate = ram.get("mbps", 0.0) * 1e6 / 8
+    dirty = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+    facts = {
+        "status": info.get("status"),
+        "percent": round(100 * (ram["total"] - ram["remaining"]) / max(1, ram["total"]), 1),
+        "remaining": ram["remaining"],
+        "transferred": ram["transferred"],
+        "rate": int(rate),
+        "dirty_rate": int(dirty),
+        "round": ram.get("dirty-sync-count", 0),
+        "expected_downtime_ms": info.get("expected-downtime"),
+        "seconds_left": round(ram["remaining"] / rate, 3) if rate else None,
+    }
+    return Sample(ram["total"] - ram["remaining"], ram["total"], facts, _words_of_sample(facts))
+
+
+def _words_of_sample(facts: dict[str, Any]) -> str:
+    words = [f"round {facts['round']}", f"{size_words(facts['rate'])}/s sent"]
+    words.append(f"{size_words(facts['dirty_rate'])}/s dirtied")
+    if facts["expected_downtime_ms"] is not None:
+        words.append(f"downtime {facts['expected_downtime_ms']} ms")
+    if facts["seconds_left"] is not None:
+        words.append(f"{time_words(facts['seconds_left'])} left")
+    return ", ".join(words)

@@ -1,0 +1,96 @@
+"""A process that puts things back when its parent dies without a word (kill -9).
+
+QEMU lets a guest run on by itself when our socket closes, but it cannot know that `--stop` stopped the guest only for
+us; and a sink takes the end of its input for the end of the state.  So a child, in a session of its own, holds the
+sink's input open and waits for the parent's end: then it ends the sink's process group first, closes the input, and
+lets the guest run on.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from .stage import end_group
+
+WATCH, LET_GO, DONE = b"w", b"l", b"d"
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
+
+
+class Guard:
+    """Start the child.  To be called before there are threads.
+
+    path: the guest.  group: the process group of the sink, or None.  held: the sink's input, to be kept open.
+    """
+
+    def __init__(self, path: str, group: int | None = None, held: int | None = None) -> None:
+        theirs, self._ours = os.pipe()
+        sys.stderr.flush()
+        self._child = os.fork()
+        if self._child == 0:
+            _be_the_guard(theirs, path, group, held)
+        os.close(theirs)
+
+    def watch(self) -> None:
+        """From now on the guest stands still only because of us."""
+        os.write(self._ours, WATCH)
+
+    def let_go(self) -> None:
+        """The sink has every byte: its input may end."""
+        os.write(self._ours, LET_GO)
+
+    def done(self) -> None:
+        """Nothing is left to put back."""
+        with contextlib.suppress(OSError):
+            os.write(self._ours, DONE)
+        os.close(self._ours)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._child, 0)
+
+
+def _be_the_guard(control: int, path: str, group: int | None, held: int | None) -> NoReturn:
+    try:
+        os.setsid()
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        _close_all_but({control, held if held is not None else control})
+        _guard(control, path, group, held)
+    finally:
+        os._exit(0)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    at = 0
+    for fd in sorted(kept):
+        os.closerange(at, fd)
+        at = fd + 1
+    os.closerange(at, 4096)
+
+
+def _guard(control: int, path: str, group: int | None, held: int | None) -> None:
+    stopped = False
+    while word := os.read(control, 1):
+        if word == DONE:
+            return
+        if word == WATCH:
+            stopped = True
+        if word == LET_GO and held is not None:
+            os.close(held)
+            held = None
+    if group is not None:
+        end_group(group)
+    if held is not None:
+        os.close(held)
+    if stopped:
+        _run_on(path)
+
+
+def _run_on(path: str) -> None:
+    from . import guest
+
+    with contextlib.suppress(Exception):
+        standing = guest.wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
+        # A completed one is 'postmigrate': its state is whole elsewhere, and it must not run again by itself.
+        if standing.run == "paused":
+            guest.cont(path)

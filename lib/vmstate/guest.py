@@ -1,0 +1,277 @@
+"""Verbs on a guest: look, stop, run, send its state, load one.  Each is a short conversation with its monitor.
+
+What is found is not trusted: before a migration every capability that QEMU knows is set, on or off, with the parameters
+relied on, and `Found.put_back` gives the guest what it had.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
+from .monitor import Monitor
+
+# The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
+NAME = "vmstate"
+# QEMU's own default, which nobody chose.
+DEFAULT_BANDWIDTH = 128 << 20
+# migration.json, MigrationStatus: those in which QEMU is not done
+BUSY = frozenset(("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo")) | frozenset(
+    ("postcopy-active", "postcopy-device", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
+)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a guest stands: QEMU's run state, the status of its migration ('none' where there was none), its answer."""
+
+    run: str
+    migration: str
+    info: dict[str, Any]
+
+    @property
+    def moving(self) -> bool:
+        return self.migration in BUSY
+
+    @property
+    def reason(self) -> str:
+        return str(self.info.get("error-desc", ""))
+
+
+@dataclass
+class Found:
+    """What a command found and is to put back: capabilities, parameters, and whether the guest ran."""
+
+    capabilities: list[dict[str, Any]] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    ran: bool = False
+
+    def put_back(self, monitor: Monitor) -> None:
+        if self.capabilities:
+            monitor.ask("migrate-set-capabilities", capabilities=self.capabilities)
+        if self.parameters:
+            monitor.ask("migrate-set-parameters", **self.parameters)
+        self.capabilities, self.parameters = [], {}
+
+
+def look(monitor: Monitor) -> Standing:
+    info = monitor.ask("query-migrate")
+    return Standing(monitor.ask("query-status")["status"], info.get("status", "none"), info)
+
+
+def glance(path: str, patience: float = 5.0) -> Standing:
+    """`look` in a conversation of its own."""
+    with Monitor(path, patience) as monitor:
+        return look(monitor)
+
+
+def wait_for(path: str, done: Callable[[Standing], bool], seconds: float, what: str) -> Standing:
+    """Look until `done`; CannotDo after `seconds`.  A monitor that is busy meanwhile is asked again."""
+    give_up = time.monotonic() + seconds
+    pause = 0.005
+    while True:
+        standing = None
+        try:
+            standing = glance(path)
+            if done(standing):
+                return standing
+        except GuestGone:
+            raise
+        except CannotDo:
+            if time.monotonic() > give_up:
+                raise
+        if time.monotonic() > give_up:
+            where = f"'{standing.run}', migration '{standing.migration}'" if standing else "not known"
+            raise CannotDo(f"waited {seconds:.0f} s for {path} {what}: its state is {where}")
+        time.sleep(pause)
+        pause = min(0.1, pause * 1.5)
+
+
+def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], found: Found) -> None:
+    """Set every capability that this QEMU knows, those of `on` to on, and `parameters` as far as it knows them.
+
+    `found` learns what was there before anything is changed, so that an interruption leaves nothing behind.
+    """
+    capabilities = monitor.ask("query-migrate-capabilities")
+    had = monitor.ask("query-migrate-parameters")
+    wanted = [{"capability": c["capability"], "state": c["capability"] in on} for c in capabilities]
+    # A name of credentials or another mode would turn our descriptor into something else.
+    for name, value in (("tls-creds", ""), ("mode", "normal")):
+        if had.get(name, value) != value:
+            parameters[name] = value
+    changed = {name: value for name, value in parameters.items() if name in had and had[name] != value}
+    found.parameters = {name: had[name] for name in changed}
+    if wanted != capabilities:
+        found.capabilities = capabilities
+        _set_capabilities(monitor, capabilities, wanted)
+    if changed:
+        monitor.ask("migrate-set-parameters", **changed)
+
+
+def _set_capabilities(monitor: Monitor, had: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    # QEMU checks each list as a whole against what is set: first everything off that goes off, then the others on.
+    on_before = {c["capability"] for c in had if c["state"]}
+    off = [c for c in wanted if not c["state"] and c["capability"] in on_before]
+    for change in (off, wanted):
+        if change:
+            monitor.ask("migrate-set-capabilities", capabilities=change)
+
+
+def ram_blocks(monitor: Monitor) -> dict[str, tuple[int, int]]:
+    """Name to used and greatest size, in bytes, of each RAM block of a guest."""
+    text = monitor.ask("x-query-ramblock")["human-readable-text"]
+    row = re.compile(r"^\s*(\S.*?)\s+\d+ [KMG]iB\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)", re.M)
+    return {name: (int(used, 16), int(total, 16)) for name, used, total in row.findall(text)}
+
+
+def stop(path: str) -> Standing:
+    with Monitor(path) as monitor:
+        standing = look(monitor)
+        if standing.run == "inmigrate":
+            raise CannotDo(f"the guest at {path} waits for a state: there is nothing to stop")
+        monitor.ask("stop")
+        return look(monitor)
+
+
+def cont(path: str) -> Standing:
+    """Let a guest run; CannotDo where it waits for a state, or QEMU refuses (a disk image locked by another)."""
+    with Monitor(path) as monitor:
+        standing = look(monitor)
+        if standing.run == "inmigrate":
+            raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
+        if standing.moving:
+            raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
+        return _cont(monitor)
+
+
+def _cont(monitor: Monitor) -> Standing:
+    monitor.ask("cont")
+    standing = look(monitor)
+    # Where an image cannot be taken, some versions answer well and stay paused.
+    if standing.run not in ("running", "suspended"):
+        raise Refused("cont", f"the guest stays '{standing.run}'")
+    return standing
+
+
+def require_sendable(monitor: Monitor, path: str) -> Standing:
+    """Where the guest stands; CannotDo where its state cannot be sent now, with QEMU's reason."""
+    standing = look(monitor)
+    if standing.moving:
+        hint = "vm-status shows how far it is"
+        raise CannotDo(f"the guest at {path} is migrating already ({standing.migration})", hint)
+    words = {
+        "inmigrate": ("waits for a state", f"vm-restore {path} < STATE"),
+        "postmigrate": ("has given its state away and stands paused", f"vm-cont {path}, if it does not run elsewhere"),
+        "finish-migrate": ("is in the last step of a migration", f"vm-status {path}"),
+        "internal-error": ("has stopped on an internal error of QEMU", "its state is not to be trusted"),
+    }
+    if standing.run in words:
+        said, hint = words[standing.run]
+        raise CannotDo(f"the guest at {path} {said} ({standing.run})", hint)
+    blocked = standing.info.get("blocked-reasons")
+    if blocked:
+        raise CannotDo(f"the guest at {path} cannot be saved: {'; '.join(blocked)}", "QEMU names the device in its way")
+    if _without_description(monitor):
+        text = f"the guest at {path} writes states without a description (suppress-vmdesc=on)"
+        raise CannotDo(text, "the end of such a state cannot be proven")
+    return standing
+
+
+def _without_description(monitor: Monitor) -> bool:
+    try:
+        return bool(monitor.ask("qom-get", path="/machine", property="suppress-vmdesc"))
+    except Refused:
+        return False
+
+
+class Sending:
+    """The state of a guest on its way to our end of a socket pair.
+
+    QEMU has `return-path` on: after the last byte it waits, the guest stopped, for our word on the socket.  `give_away`
+    is the point of no return; when instead our end closes, also by our death, the guest runs on by itself.
+    """
+
+    def __init__(self, path: str, *, rate: int | None = None, downtime: int | None = None) -> None:
+        self.path = path
+        self._rate = rate
+        self._downtime = downtime
+        self.found = Found()
+        self.begun = False
+
+    def start(self, fd: int, *, stopped: bool, watch: Callable[[], None]) -> None:
+        """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called."""
+        with Monitor(self.path) as monitor:
+            standing = require_sendable(monitor, self.path)
+            self.found.ran = standing.run in ("running", "suspended")
+            prepare(monitor, ("return-path", "events"), self._parameters(monitor), self.found)
+            try:
+                if stopped and self.found.ran:
+                    watch()
+                    monitor.ask("stop")
+                monitor.give(NAME, fd)
+                self.begun = True
+                monitor.ask("migrate", uri=f"fd:{NAME}")
+            except Refused as error:
+                self._undo(monitor, stopped)
+                raise _explained(error, self.path) from error
+
+    def _parameters(self, monitor: Monitor) -> dict[str, Any]:
+        wanted: dict[str, Any] = {}
+        if self._rate is not None:
+            wanted["max-bandwidth"] = self._rate
+        elif monitor.ask("query-migrate-parameters").get("max-bandwidth") == DEFAULT_BANDWIDTH:
+            wanted["max-bandwidth"] = 0
+        if self._downtime is not None:
+            wanted["downtime-limit"] = self._downtime
+        return wanted
+
+    def _undo(self, monitor: Monitor, stopped: bool) -> None:
+        with contextlib.suppress(Refused):
+            monitor.ask("closefd", fdname=NAME)
+        self.found.put_back(monitor)
+        if stopped and self.found.ran:
+            monitor.ask("cont")
+
+    def completed(self) -> Standing:
+        """After the given-away word: wait for QEMU's `completed` and put back what was found."""
+        standing = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
+        if standing.migration != "completed":
+            said = f"'{standing.migration}': {standing.reason or 'no reason given'}"
+            raise CannotDo(f"QEMU ended the migration as {said}")
+        with Monitor(self.path) as monitor:
+            self.found.put_back(monitor)
+        return standing
+
+    def take_back(self) -> Standing:
+        """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
+        standing = wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
+        with Monitor(self.path) as monitor:
+            self.found.put_back(monitor)
+            standing = look(monitor)
+            if self.found.ran and standing.run in ("paused", "postmigrate"):
+                standing = _cont(monitor)
+        return standing
+
+
+def _explained(error: Refused, path: str) -> CannotDo:
+    if "non-migratable" in error.text or "block" in error.text.lower():
+        return CannotDo(f"the guest at {path} cannot be saved: {error.text}", "QEMU names the device in its way")
+    return error
+
+
+def finish(path: str, after: str) -> str:
+    """What becomes of a guest whose state has been sent: 'paused', 'running' or 'quit'.  Gives the state reached."""
+    if after == "running":
+        try:
+            return cont(path).run
+        except VmstateError as error:
+            text = f"the state is whole, but the guest at {path} does not run on: {error}"
+            raise Unsettled(text, f"vm-cont {path}") from error
+    if after == "quit":
+        with Monitor(path) as monitor, contextlib.suppress(GuestGone):
+            monitor.ask("quit")
+        return "gone"
+    return "paused"

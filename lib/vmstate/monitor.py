@@ -1,0 +1,122 @@
+"""A short conversation with a guest's QMP socket: connect, ask, read every answer, leave.  The one home of `qemu.qmp`.
+
+The monitor talks to one client at a time, so nobody may keep it: a conversation waits up to `PATIENCE` seconds for its
+turn and holds the monitor only as long as its `with` block.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from .errors import CannotDo, GuestGone, Refused
+
+T = TypeVar("T")
+PATIENCE = 5.0
+# An answer comes at once, or QEMU stands still (a page fault, a dead disk).
+ANSWER = 60.0
+
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+logging.getLogger("qemu.qmp").propagate = False
+
+
+class Monitor:
+    """One conversation, as a context manager.
+
+    Raises CannotDo where nobody listens or another client holds the monitor for `patience` seconds, GuestGone where the
+    guest ends in the middle, Refused where QEMU refuses a command.
+    """
+
+    def __init__(self, path: str, patience: float = PATIENCE) -> None:
+        self._path = path
+        self._patience = patience
+        self._loop = asyncio.new_event_loop()
+        self._client = QMPClient("vmstate")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+    def __enter__(self) -> "Monitor":
+        try:
+            self._connect()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._leave()
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """The answer to a command; arguments with '_' for '-'."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            return self._wait(self._client.execute(command, named or None), ANSWER)
+        except ExecuteError as error:
+            raise Refused(command, str(error)) from error
+        except TimeoutError as error:
+            raise CannotDo(f"no answer to '{command}' from {self._path} in {ANSWER:.0f} s") from error
+        except (QMPError, OSError, EOFError) as error:
+            raise GuestGone(f"the guest at {self._path} went away during '{command}'") from error
+
+    def human(self, line: str) -> str:
+        """The answer of the human monitor to a line."""
+        return str(self.ask("human-monitor-command", command_line=line))
+
+    def give(self, name: str, fd: int) -> None:
+        """Hand a descriptor to QEMU, which keeps it as `name` until it is used."""
+        self._client.send_fd_scm(fd)
+        self.ask("getfd", fdname=name)
+
+    def pid(self) -> int:
+        """The process that listens on the socket."""
+        answer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int(struct.unpack("3i", answer)[0])
+
+    def _connect(self) -> None:
+        give_up = time.monotonic() + self._patience
+        _reach(self._socket, self._path, give_up)
+        try:
+            self._wait(self._client.connect(self._socket), give_up - time.monotonic())
+        except TimeoutError as error:
+            raise _busy(self._path) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise GuestGone(f"the guest at {self._path} went away") from error
+
+    def _wait(self, what: Coroutine[Any, Any, T], patience: float) -> T:
+        return self._loop.run_until_complete(asyncio.wait_for(what, patience))
+
+    def _leave(self) -> None:
+        # Whatever was to be learnt has been answered; an end that goes wrong changes nothing.
+        with contextlib.suppress(Exception):
+            self._wait(self._client.disconnect(), 2)
+        self._socket.close()
+        self._loop.close()
+
+
+def _reach(end: socket.socket, path: str, give_up: float) -> None:
+    """Connect, waiting for a place in the queue of a busy monitor."""
+    hint = "GUEST is the path of a QMP socket: -qmp unix:PATH,server,nowait"
+    while True:
+        try:
+            return end.connect(path)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise _busy(path) from None
+            time.sleep(0.02)
+        except ConnectionRefusedError as error:
+            text = f"no guest at {path}: nobody listens there"
+            raise CannotDo(text, "its QEMU has ended; or " + hint) from error
+        except OSError as error:
+            raise CannotDo(f"no guest at {path}: {error.strerror or error}", hint) from error
+
+
+def _busy(path: str) -> CannotDo:
+    return CannotDo(
+        f"the monitor {path} does not answer: another client holds it",
+        "a QMP socket talks to one client at a time; end that one, or give QEMU a second -qmp",
+    )

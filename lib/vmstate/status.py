@@ -1,0 +1,110 @@
+"""Where a guest stands, in words, and what to do next."""
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from .dump import sample_of
+from .guest import Standing, look
+from .monitor import Monitor
+
+# QEMU's run state to what it means; the rest depends on the migration.
+MEANING = {
+    "running": "runs",
+    "suspended": "is suspended by its own system",
+    "paused": "stands paused",
+    "prelaunch": "has not been started yet",
+    "shutdown": "has shut down",
+    "internal-error": "has stopped on an internal error of QEMU",
+    "io-error": "has stopped on an error of a disk",
+    "guest-panicked": "has panicked",
+    "watchdog": "was stopped by its watchdog",
+    "inmigrate": "waits for a state",
+    "postmigrate": "has given its state away and stands paused",
+    "finish-migrate": "stands still in the last step of a migration, until whoever takes its state has it whole",
+    "restore-vm": "is loading a snapshot",
+    "save-vm": "is saving a snapshot",
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `of` found: the guest's path, its standing, whether left-overs lie there, words and commands for next."""
+
+    path: str
+    standing: Standing
+    leftovers: tuple[str, ...]
+    words: str
+    next: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        found = [f"{self.path}: {self.words}"]
+        if self.leftovers:
+            what = ", ".join(self.leftovers)
+            found.append(f"left over from a command that was killed: {what} (the next command sets it right)")
+        return found + [f"next: {command}" for command in self.next]
+
+    def values(self) -> dict[str, Any]:
+        sample = sample_of(self.standing.info) if self.standing.moving else None
+        return {
+            "guest": self.path,
+            "state": self.standing.run,
+            "migration": self.standing.migration,
+            "reason": self.standing.reason or None,
+            "words": self.words,
+            "next": list(self.next),
+            "leftovers": list(self.leftovers),
+            "progress": sample.facts if sample else None,
+        }
+
+
+def of(path: str) -> Status:
+    """Where the guest at `path` stands."""
+    with Monitor(path) as monitor:
+        standing = look(monitor)
+        capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
+    leftovers = () if standing.moving else tuple(sorted(capabilities & {"return-path", "late-block-activate"}))
+    return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
+
+
+def _words(standing: Standing, leftovers: tuple[str, ...]) -> str:
+    words = MEANING.get(standing.run, f"is '{standing.run}'")
+    if standing.run == "inmigrate":
+        return words if standing.migration == "none" else _words_of_load(standing)
+    if standing.run == "paused" and "late-block-activate" in leftovers and standing.migration == "completed":
+        return "has loaded its state and is held: whoever restored it did not get to let it run"
+    return words + _words_of_migration(standing)
+
+
+def _words_of_load(standing: Standing) -> str:
+    if standing.migration == "failed":
+        return f"has failed to load a state and cannot load another: {standing.reason or 'no reason given'}"
+    return "is loading a state"
+
+
+def _words_of_migration(standing: Standing) -> str:
+    if standing.moving and standing.run != "finish-migrate":
+        sample = sample_of(standing.info)
+        return f" while its state is being sent ({standing.migration})" + (
+            f": {sample.facts['percent']} %, {sample.words}" if sample else ""
+        )
+    if standing.migration == "failed":
+        return f"; its last migration failed: {standing.reason or 'no reason given'}"
+    if standing.migration == "cancelled":
+        return "; its last migration was cancelled"
+    return ""
+
+
+def _next(path: str, standing: Standing) -> tuple[str, ...]:
+    name = shlex.quote(path)
+    if standing.run == "inmigrate":
+        if standing.migration == "none":
+            return (f"vm-restore {name} < STATE",)
+        return ("end this QEMU and start it again with -incoming defer",) if standing.migration == "failed" else ()
+    if standing.moving:
+        return (f"vm-status {name}",)
+    if standing.run == "postmigrate":
+        return (f"vm-cont {name}    (only if it does not run elsewhere)",)
+    if standing.run in ("paused", "prelaunch", "io-error"):
+        return (f"vm-cont {name}",)
+    return ()

@@ -1,0 +1,157 @@
+"""Verbs on a guest that waits for a state (`-incoming defer`): does the state fit, hold the guest, load, let it run."""
+
+import socket
+from typing import Any
+
+from .errors import CannotDo, Damaged, Misfit, Refused, Unsettled, VmstateError
+from .guest import NAME, Found, Standing, look, prepare, ram_blocks, wait_for
+from .monitor import Monitor
+
+ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+# QEMU's words for a state that does not fit the guest, and what to do about it.
+MISFITS = {
+    "Machine type received": "start the guest with the -machine type of the state",
+    "Size mismatch": "start the guest with the same -m, and the same ROM files, as its source",
+    "Unknown ramblock": "start the guest with the same devices, at the same addresses, as its source",
+    "Unknown savevm section": "start the guest with the same devices, at the same addresses, as its source",
+    "doesn't match": "start the guest with the same -cpu and devices as its source",
+    "Missing section footer": "the device has another layout in this version of QEMU",
+    "savevm section version": "this QEMU is older than the one that saved the state",
+    "Failed to load": "the device differs between source and guest: compare -device lines, -cpu and QEMU versions",
+    "capability": "source and guest must agree on this capability",
+}
+
+
+def require_waiting(monitor: Monitor, path: str) -> None:
+    """CannotDo unless the guest waits, and has not loaded anything before."""
+    standing = look(monitor)
+    if standing.run != "inmigrate":
+        raise CannotDo(
+            f"the guest at {path} does not wait for a state: it is '{standing.run}'",
+            "start the QEMU that is to take the state with -incoming defer",
+        )
+    if standing.migration != "none":
+        raise CannotDo(
+            f"the guest at {path} has begun to load a state before ({standing.migration})",
+            "a waiting QEMU is good for one try: end it and start it again with -incoming defer",
+        )
+
+
+def require_fit(monitor: Monitor, path: str, machine: str, blocks: tuple[tuple[str, int], ...]) -> None:
+    """Misfit where the machine type or a RAM block of the state is not the guest's."""
+    own = monitor.ask("qom-get", path="/machine", property="type").removesuffix("-machine")
+    if own != machine:
+        raise Misfit(
+            f"the state is of machine type '{machine}', the guest at {path} is a '{own}'",
+            f"start the guest with -machine {machine}",
+        )
+    have = ram_blocks(monitor)
+    for name, size in blocks:
+        if name not in have:
+            devices = "start the guest with the same devices, at the same addresses, as its source"
+            raise Misfit(f"the state has a RAM block '{name}' that the guest at {path} has not", devices)
+        used, most = have[name]
+        # Blocks such as the ACPI tables can grow to the size in the state; RAM cannot.
+        if size != used and (used == most or size > most):
+            hint = f"start the guest with -m {size >> 20}" if name in ("pc.ram", "mem0", "ram") else "use the same ROMs"
+            raise Misfit(f"RAM block '{name}' has {size} bytes in the state and {used} in the guest at {path}", hint)
+
+
+class Waiting:
+    """A waiting guest on its way to a loaded one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.found = Found()
+        self.begun = False
+
+    def hold_and_load(self, theirs: socket.socket) -> None:
+        """From now on QEMU loads from `theirs`, and does not run, take its images or announce itself by itself."""
+        with Monitor(self.path) as monitor:
+            require_waiting(monitor, self.path)
+            monitor.ask("stop")
+            prepare(monitor, ("late-block-activate", "events"), {"announce-rounds": 0}, self.found)
+            monitor.give(NAME, theirs.fileno())
+            self.begun = True
+            try:
+                monitor.ask("migrate-incoming", uri=f"fd:{NAME}", exit_on_error=False)
+            except Refused as error:
+                if "exit-on-error" not in error.text:
+                    raise
+                # Before 9.1 QEMU ends itself on every failure.
+                monitor.ask("migrate-incoming", uri=f"fd:{NAME}")
+
+    def loaded(self) -> None:
+        """Wait until QEMU has loaded everything.
+
+        Raises GuestGone or CannotDo where it ended over it, Refused with its words where it said why.
+        """
+        standing = wait_for(
+            self.path, lambda s: s.migration in ("completed", "failed") or not _waits(s), 120, "to load"
+        )
+        if standing.migration == "failed":
+            raise Refused("migrate-incoming", standing.reason or "no reason given")
+
+    def settle(self, run: bool) -> str:
+        """Put back what was found and, with `run`, let the guest run; its run state.  Unsettled where it cannot run."""
+        with Monitor(self.path) as monitor:
+            rounds = self.found.parameters.get("announce-rounds", 0)
+            self.found.put_back(monitor)
+            if not run:
+                return look(monitor).run
+            self._cont(monitor)
+            # A guest that was held is silent until it is told to speak; QEMU's own rhythm and parameters.
+            if rounds:
+                had = monitor.ask("query-migrate-parameters")
+                monitor.ask("announce-self", **{name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE})
+            return look(monitor).run
+
+    def _cont(self, monitor: Monitor) -> None:
+        try:
+            monitor.ask("cont")
+            run = look(monitor).run
+            if run not in ("running", "suspended"):
+                raise Refused("cont", f"the guest stays '{run}'")
+        except Refused as error:
+            raise Unsettled(
+                f"the state is loaded, but the guest at {self.path} stands paused: {error.text}",
+                "a disk image can be locked by the source: once that has ended, " + f"vm-cont {self.path}",
+            ) from error
+
+    def nic_facts(self) -> tuple[str, int, list[dict[str, Any]]]:
+        """`info network`, the process id of QEMU, and `query-rx-filter` of a guest."""
+        with Monitor(self.path) as monitor:
+            try:
+                filters = monitor.ask("query-rx-filter")
+            except Refused:
+                # No card of this guest has one.
+                filters = []
+            return monitor.human("info network"), monitor.pid(), filters
+
+    def fate(self) -> str:
+        """What has become of a guest into which nothing was loaded, in words."""
+        try:
+            with Monitor(self.path) as monitor:
+                standing = look(monitor)
+        except VmstateError:
+            return f"the guest at {self.path} has ended over it; start it again with -incoming defer"
+        if _waits(standing) and standing.migration == "none":
+            return f"the guest at {self.path} still waits"
+        return f"the guest at {self.path} is used up; end it and start it again with -incoming defer"
+
+
+def _waits(standing: Standing) -> bool:
+    return standing.run == "inmigrate"
+
+
+def refusal(words: str, whole: bool) -> VmstateError:
+    """The error for a state that QEMU did not load; `words` are its own, `whole`: the state had proven its end."""
+    lines = [line for line in words.strip().splitlines() if line.strip()]
+    quoted = "; ".join(line.strip() for line in lines[:6]) or "QEMU ended without a word to us; it may be on its stderr"
+    for mark, hint in MISFITS.items():
+        if mark in words:
+            return Misfit(f"the state does not fit the guest; QEMU says: {quoted}", hint)
+    if whole:
+        return Misfit(f"the guest does not take the state, though that is whole; QEMU says: {quoted}")
+    return Damaged(f"QEMU does not take the state; it says: {quoted}")

@@ -144,7 +144,9 @@ class Dump:
 
 
 def words_of(run: str) -> str:
-    return "runs on" if run == "running" else f"is '{run}' as before"
+    return {"running": "runs on", "paused": "is paused as before", "postmigrate": "is paused as before"}.get(
+        run, f"is '{run}' as before"
+    )
 
 
 def sample_of(info: dict[str, Any]) -> Sample | None:

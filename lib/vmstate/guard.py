@@ -91,6 +91,5 @@ def _run_on(path: str) -> None:
 
     with contextlib.suppress(Exception):
         standing = guest.wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
-        # A completed one is 'postmigrate': its state is whole elsewhere, and it must not run again by itself.
-        if standing.run == "paused":
+        if not standing.given_away:
             guest.cont(path)

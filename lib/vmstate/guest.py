@@ -37,6 +37,11 @@ class Standing:
         return self.migration in BUSY
 
     @property
+    def given_away(self) -> bool:
+        """Its state is whole elsewhere.  (A stopped guest is 'postmigrate' after a migration that failed, too.)"""
+        return self.run == "postmigrate" and self.migration == "completed"
+
+    @property
     def reason(self) -> str:
         return str(self.info.get("error-desc", ""))
 
@@ -164,7 +169,7 @@ def require_sendable(monitor: Monitor, path: str) -> Standing:
         raise CannotDo(f"the guest at {path} is migrating already ({standing.migration})", hint)
     words = {
         "inmigrate": ("waits for a state", f"vm-restore {path} < STATE"),
-        "postmigrate": ("has given its state away and stands paused", f"vm-cont {path}, if it does not run elsewhere"),
+        "postmigrate": _words_of_postmigrate(standing, path),
         "finish-migrate": ("is in the last step of a migration", f"vm-status {path}"),
         "internal-error": ("has stopped on an internal error of QEMU", "its state is not to be trusted"),
     }
@@ -178,6 +183,12 @@ def require_sendable(monitor: Monitor, path: str) -> Standing:
         text = f"the guest at {path} writes states without a description (suppress-vmdesc=on)"
         raise CannotDo(text, "the end of such a state cannot be proven")
     return standing
+
+
+def _words_of_postmigrate(standing: Standing, path: str) -> tuple[str, str]:
+    if standing.given_away:
+        return "has given its state away and stands paused", f"vm-cont {path}, if it does not run elsewhere"
+    return "stands paused since a migration of it failed, and QEMU wants it to run before the next", f"vm-cont {path}"
 
 
 def _without_description(monitor: Monitor) -> bool:
@@ -206,7 +217,7 @@ class Sending:
         with Monitor(self.path) as monitor:
             standing = require_sendable(monitor, self.path)
             self.found.ran = standing.run in ("running", "suspended")
-            prepare(monitor, ("return-path", "events"), self._parameters(monitor), self.found)
+            prepare(monitor, ("return-path",), self._parameters(monitor), self.found)
             try:
                 if stopped and self.found.ran:
                     watch()

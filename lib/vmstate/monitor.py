@@ -13,7 +13,8 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+from qemu.qmp.qmp_client import NegotiationError
 
 from .errors import CannotDo, GuestGone, Refused
 
@@ -38,7 +39,7 @@ class Monitor:
         self._patience = patience
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("vmstate")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._socket = _new_socket()
 
     def __enter__(self) -> "Monitor":
         try:
@@ -79,13 +80,23 @@ class Monitor:
 
     def _connect(self) -> None:
         give_up = time.monotonic() + self._patience
+        while not self._try_to_connect(give_up):
+            self._client = QMPClient("vmstate")
+            self._socket.close()
+            self._socket = _new_socket()
+
+    def _try_to_connect(self, give_up: float) -> bool:
+        """True once connected; False where it is worth another try."""
         _reach(self._socket, self._path, give_up)
         try:
-            self._wait(self._client.connect(self._socket), give_up - time.monotonic())
+            self._wait(self._client.connect(self._socket), max(0.01, give_up - time.monotonic()))
         except TimeoutError as error:
             raise _busy(self._path) from error
         except (QMPError, OSError, EOFError) as error:
+            if _an_event_came_first(error) and time.monotonic() < give_up:
+                return False
             raise GuestGone(f"the guest at {self._path} went away") from error
+        return True
 
     def _wait(self, what: Coroutine[Any, Any, T], patience: float) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(what, patience))
@@ -96,6 +107,19 @@ class Monitor:
             self._wait(self._client.disconnect(), 2)
         self._socket.close()
         self._loop.close()
+
+
+def _new_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+
+def _an_event_came_first(error: BaseException) -> bool:
+    # QEMU may send an event between its greeting and its answer to qmp_capabilities; qemu.qmp takes it for the answer.
+    return (
+        isinstance(error, ConnectError)
+        and isinstance(error.exc, NegotiationError)
+        and isinstance(error.exc.exc, AssertionError)
+    )
 
 
 def _reach(end: socket.socket, path: str, give_up: float) -> None:
@@ -110,9 +134,10 @@ def _reach(end: socket.socket, path: str, give_up: float) -> None:
             time.sleep(0.02)
         except ConnectionRefusedError as error:
             text = f"no guest at {path}: nobody listens there"
-            raise CannotDo(text, "its QEMU has ended; or " + hint) from error
+            raise GuestGone(text, "its QEMU has ended; or " + hint) from error
         except OSError as error:
-            raise CannotDo(f"no guest at {path}: {error.strerror or error}", hint) from error
+            family = GuestGone if isinstance(error, FileNotFoundError) else CannotDo
+            raise family(f"no guest at {path}: {error.strerror or error}", hint) from error
 
 
 def _busy(path: str) -> CannotDo:

@@ -12,7 +12,7 @@ from typing import Any
 from . import compression
 from .command import PUT_BACK
 from .description import End, judge_end
-from .errors import CannotDo, Refused, Stopped, VmstateError
+from .errors import GuestGone, Refused, Stopped, VmstateError
 from .head import Head
 from .monitor import Monitor
 from .nics import Nic, from_info_network
@@ -135,12 +135,10 @@ class Restore:
                 incoming.release()
                 waiting.loaded()
                 return end
-        except (QemuStopped, Refused) as error:
+        except (QemuStopped, Refused, GuestGone) as error:
+            if not waiting.begun:
+                raise
             raise refusal(self._words(error), whole) from error
-        except CannotDo as error:
-            if waiting.begun and whole:
-                raise refusal(self._words(error), whole) from error
-            raise
 
     def _proven(self, incoming: Incoming) -> End:
         """The end of the input: its last stages have ended with 0, and its last bytes are those of a whole state."""

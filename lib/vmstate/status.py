@@ -69,6 +69,8 @@ def of(path: str) -> Status:
 
 def _words(standing: Standing, leftovers: tuple[str, ...]) -> str:
     words = MEANING.get(standing.run, f"is '{standing.run}'")
+    if standing.run == "postmigrate" and not standing.given_away:
+        words = "stands paused"
     if standing.run == "inmigrate":
         return words if standing.migration == "none" else _words_of_load(standing)
     if standing.run == "paused" and "late-block-activate" in leftovers and standing.migration == "completed":
@@ -103,8 +105,8 @@ def _next(path: str, standing: Standing) -> tuple[str, ...]:
         return ("end this QEMU and start it again with -incoming defer",) if standing.migration == "failed" else ()
     if standing.moving:
         return (f"vm-status {name}",)
-    if standing.run == "postmigrate":
+    if standing.given_away:
         return (f"vm-cont {name}    (only if it does not run elsewhere)",)
-    if standing.run in ("paused", "prelaunch", "io-error"):
+    if standing.run in ("paused", "postmigrate", "prelaunch", "io-error"):
         return (f"vm-cont {name}",)
     return ()

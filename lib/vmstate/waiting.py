@@ -71,7 +71,7 @@ class Waiting:
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
             monitor.ask("stop")
-            prepare(monitor, ("late-block-activate", "events"), {"announce-rounds": 0}, self.found)
+            prepare(monitor, ("late-block-activate",), {"announce-rounds": 0}, self.found)
             monitor.give(NAME, theirs.fileno())
             self.begun = True
             try:

@@ -1,0 +1,78 @@
+# Every way in. `make` alone explains itself.
+
+PYTHON  ?= /usr/bin/python3
+PREFIX  ?= /usr/local
+DESTDIR ?=
+VENV    := .venv
+CACHE   := .cache
+BIN     := $(CURDIR)/$(VENV)/bin
+COMMANDS := $(notdir $(wildcard bin/vm-*))
+PAGES   := $(wildcard man/*.[1-8])
+TESTS   ?= tests
+# Where the commands and everything else that make needs are found first.
+export PATH := $(BIN):$(PATH):/usr/sbin:/sbin
+
+.PHONY: help env demo check check-qemu10 lint test bench man install uninstall clean apt
+
+help:
+	@echo 'make demo          save a running guest, encrypted, end it, bring it back (sets everything up first)'
+	@echo 'make check         lint and all tests with real guests (sets everything up first)'
+	@echo 'make check-qemu10  the guest tests with the QEMU of Debian 13'
+	@echo 'make env           only the set-up: system packages, $(VENV), the test guest'
+	@echo 'make lint          ruff, mypy, man pages'
+	@echo 'make test          the tests alone; TESTS=tests/unit for some of them'
+	@echo 'make bench         figures beside what one would pick instead; writes bench/out/'
+	@echo 'make man           the man pages as text, in build/man'
+	@echo 'make install       into PREFIX (now $(PREFIX)), below DESTDIR'
+	@echo 'make clean         remove what was made; the downloaded guest stays in $(CACHE)'
+
+env: apt $(VENV)/.stamp
+	@tests/image/build $(CACHE)/guest
+
+apt:
+	@tests/apt tests/apt.txt tests/image/apt.txt
+
+$(VENV)/.stamp: setup.cfg pyproject.toml $(wildcard bin/vm-*) Makefile
+	@echo 'env: the toolkit and its development packages into $(VENV)'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 --editable '.[dev]'
+	@touch $@
+
+demo: env
+	@tests/demo
+
+check: env lint
+	@$(BIN)/pytest $(TESTS)
+
+test:
+	@$(BIN)/pytest $(TESTS)
+
+check-qemu10: env
+	@tests/qemu10 $(CACHE)/qemu10
+	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(BIN)/pytest tests/guest
+
+lint:
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@mandoc -T lint -W warning $(PAGES)
+
+bench: env
+	@$(BIN)/python bench/run
+
+man:
+	@mkdir -p build/man
+	@for page in $(PAGES); do mandoc -T utf8 $$page | col -b > build/man/$$(basename $$page).txt; done
+	@ls build/man
+
+install:
+	@PYTHON='$(PYTHON)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' ./install $(COMMANDS)
+
+uninstall:
+	rm -rf '$(DESTDIR)$(PREFIX)/lib/vmstate'
+	cd '$(DESTDIR)$(PREFIX)' && rm -f $(COMMANDS:%=bin/%) $(PAGES:man/%.1=share/man/man1/%.1) \
+	    share/man/man7/vmstate.7 $(COMMANDS:%=share/bash-completion/completions/%)
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out lib/*.egg-info
+	find . -name __pycache__ -not -path './.cache/*' -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+# Bash completion for the commands of vmstate: options from each command's own --help, sockets for GUEST.
+
+_vmstate()
+{
+    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} command=${COMP_WORDS[0]}
+    local words
+    case $previous in
+        --after)
+            words='paused running quit' ;;
+        -r|--recipient)
+            words=$(gpg --batch --list-keys --with-colons 2>/dev/null |
+                awk -F: '$1 == "uid" && match($10, /<[^>]*>/) { print substr($10, RSTART + 1, RLENGTH - 2) }') ;;
+        -o|--output)
+            COMPREPLY=($(compgen -f -- "$current")); return ;;
+        *)
+            if [[ $current == -* ]]; then
+                words=$("$command" --help 2>/dev/null | grep -oE -- '(^|[ ,])-(-[a-z][a-z-]+|[a-zA-Z0-9])\b' | tr -d ' ,')
+            fi ;;
+    esac
+    if [[ -n $words ]]; then
+        COMPREPLY=($(compgen -W "$words" -- "$current")); return
+    fi
+    # GUEST is a socket, FILE a file; after `--` comes a command line of QEMU.
+    COMPREPLY=($(compgen -f -- "$current"))
+    [[ $command != *vm-announce ]] || COMPREPLY+=($(compgen -W "$(ls /sys/class/net 2>/dev/null)" -- "$current"))
+}
+
+complete -o filenames -F _vmstate vm-announce vm-compress vm-cont vm-dump vm-encrypt vm-restore vm-status vm-stop

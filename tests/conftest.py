@@ -1,0 +1,156 @@
+"""What all tests share: the commands, a shell with a deadline, guests that surely end, and skips that are counted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+BIN = Path(sys.executable).parent
+os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin"
+os.environ.setdefault("LC_ALL", "C.UTF-8")
+
+from vm import Guest, make_disk, saved_guest, start_from  # noqa: E402
+
+
+@dataclass
+class Done:
+    """A command that has ended: its exit status (negative: the signal), and what it said."""
+
+    status: int
+    out: bytes
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out.decode(errors="replace")
+
+
+def run(*command: str | Path, timeout: float = 60, **kwargs: Any) -> Done:
+    """Run a command in a process group that surely ends.  Standard input is empty unless given."""
+    if "stdin" not in kwargs and "input" not in kwargs:
+        kwargs["stdin"] = subprocess.DEVNULL
+    data = kwargs.pop("input", None)
+    if data is not None:
+        kwargs["stdin"] = subprocess.PIPE
+    kwargs.setdefault("stdout", subprocess.PIPE)
+    with tempfile.TemporaryFile() as words:
+        kwargs.setdefault("stderr", words)
+        process = subprocess.Popen([str(c) for c in command], start_new_session=True, **kwargs)
+        try:
+            out, _ = process.communicate(data, timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+        words.seek(0)
+        return Done(process.returncode, out or b"", words.read().decode(errors="replace"))
+
+
+def shell(script: str, folder: Path, timeout: float = 90, **kwargs: Any) -> Done:
+    """A pipeline as one would type it in `folder`: bash with pipefail."""
+    return run("bash", "-o", "pipefail", "-c", script, cwd=folder, timeout=timeout, **kwargs)
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A folder with a short path (a socket's has at most 107 bytes)."""
+    folder = Path(tempfile.mkdtemp(prefix="vm-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where states of guests lie that were booted once a run."""
+    return tmp_path_factory.mktemp("states")
+
+
+class Guests:
+    """Starts guests in one folder; all of them end with the test."""
+
+    def __init__(self, folder: Path, states: Path) -> None:
+        self.folder = folder
+        self._states = states
+        self._started: list[Guest] = []
+
+    def running(self, name: str = "a", **kwargs: Any) -> Guest:
+        """A Linux guest that is up and counting, from a state made once a run."""
+        guest = start_from(saved_guest(self._states, **kwargs), self.folder, name, **kwargs)
+        self._started.append(guest)
+        guest.wait_count(1)
+        return guest
+
+    def booted(self, name: str = "a", **kwargs: Any) -> Guest:
+        """One that boots (it has a disk, or options of its own)."""
+        guest = self.start(name, **kwargs)
+        guest.wait_ready()
+        return guest
+
+    def waiting(self, name: str = "b", **kwargs: Any) -> Guest:
+        return self.start(name, incoming="defer", **kwargs)
+
+    def start(self, name: str, **kwargs: Any) -> Guest:
+        guest = Guest(self.folder, name, **kwargs)
+        self._started.append(guest)
+        return guest.start()
+
+    def end(self) -> None:
+        for guest in self._started:
+            guest.end()
+
+
+@pytest.fixture
+def guests(work: Path, states: Path) -> Iterator[Guests]:
+    made = Guests(work, states)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def disk(work: Path) -> Path:
+    path = work / "disk.qcow2"
+    make_disk(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gnupg() -> Iterator[Path]:
+    """A GnuPG home with a key pair for me@example.org, its agent ended at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="gpg-"))
+    os.environ["GNUPGHOME"] = str(folder)
+    made = run("gpg", "--batch", "--passphrase", "", "--quick-gen-key", "me@example.org", "default", "default", "never")
+    assert made.status == 0, made.err
+    yield folder
+    run("gpgconf", "--kill", "all")
+    del os.environ["GNUPGHOME"]
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("root") and os.getuid() != 0:
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI a skip is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+Run = Callable[..., Done]

@@ -1,0 +1,260 @@
+"""Upon failure the guest continues on the source: whatever dies, at whatever moment."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Guests, run, shell
+from vm import Guest, until
+
+from guest.judge import as_it_was
+
+SLOW = "--speed 30m"
+
+
+def sending(guest: Guest) -> bool:
+    return guest.cmd("query-migrate").get("status") == "active"
+
+
+def start(work: Path, script: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(["bash", "-o", "pipefail", "-c", script], cwd=work, start_new_session=True)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+
+
+def dumper(shell_pid: int) -> int:
+    """The process of vm-dump below a shell (not the guard, its child)."""
+    found = subprocess.run(["pgrep", "-P", str(shell_pid), "-f", "vm-dump"], capture_output=True, text=True).stdout
+    return int(found.split()[0]) if found else 0
+
+
+def test_the_sink_dies_at_once(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    done = shell("vm-dump a.qmp | true", work)
+    assert done.status == 1
+    assert done.err == "vm-dump: error: the reader of standard output went away; the guest runs on\n"
+    as_it_was(source)
+
+
+def test_the_sink_dies_in_the_middle(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    done = shell("vm-dump a.qmp | head -c 40000000 > s", work)
+    assert done.status == 1
+    as_it_was(source)
+
+
+LEAVES = """
+import fcntl, os, sys, termios, time
+def there():
+    return int.from_bytes(fcntl.ioctl(0, termios.FIONREAD, bytes(4)), sys.byteorder)
+quiet = time.monotonic()
+while time.monotonic() < quiet + 1:
+    more = there() - int(sys.argv[1])
+    if more > 0:
+        os.read(0, more)
+        quiet = time.monotonic()
+"""
+
+
+@pytest.mark.parametrize("less", [1, 100, 65536])
+def test_the_sink_dies_at_the_last_byte(guests: Guests, work: Path, less: int) -> None:
+    """It has read all but the last bytes, which lie in the pipe when it goes."""
+    source = guests.running()
+    Path(work, "leaves.py").write_text(LEAVES)
+    done = shell(f"vm-dump a.qmp | python3 leaves.py {less}", work)
+    assert done.status == 1, done.err
+    assert "the reader of standard output went away; the guest runs on" in done.err
+    as_it_was(source)
+
+
+@pytest.mark.root
+def test_the_disk_is_full(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    small = work / "small"
+    small.mkdir()
+    assert run("mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", small).status == 0
+    try:
+        done = shell("vm-dump a.qmp > small/s", work)
+        assert done.status == 1
+        assert "No space left on device" in done.err
+        as_it_was(source)
+        done = shell("vm-dump -o small/t a.qmp", work)
+        assert done.status == 1
+        assert sorted(p.name for p in small.iterdir()) == ["s"]
+        done = shell("vm-dump --to 'cat > small/u' a.qmp", work)
+        assert done.status == 1
+        as_it_was(source)
+    finally:
+        run("umount", small)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("mode", ["", "--stop"])
+def test_a_signal_to_vm_dump(guests: Guests, work: Path, number: signal.Signals, mode: str) -> None:
+    source = guests.running()
+    dump = subprocess.Popen(["vm-dump", *mode.split(), "--speed", "30m", "-o", "s", "a.qmp"], cwd=work)
+    try:
+        until(lambda: sending(source), 20, "under way")
+        time.sleep(0.2)
+        dump.send_signal(number)
+        assert dump.wait(30) == -number
+    finally:
+        dump.kill()
+        dump.wait(10)
+    until(lambda: not sending(source) and source.status() == "running", 20, "it runs on")
+    if number == signal.SIGKILL:
+        done = shell("vm-status a.qmp; vm-dump -q --after running a.qmp > again", work)
+        assert done.status == 0, done.err
+        assert "left over from a command that was killed: return-path" in done.text
+        assert source.running()
+    else:
+        as_it_was(source)
+    assert not Path(work, "s").exists()
+
+
+@pytest.mark.parametrize("mode", ["", "--stop"])
+@pytest.mark.parametrize("moment", [0.0, 0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.3])
+def test_kill_9_at_any_moment(guests: Guests, work: Path, mode: str, moment: float) -> None:
+    """Before the sink is proven the guest runs on; after that its state is whole."""
+    source = guests.running()
+    dump = subprocess.Popen(["vm-dump", "-q", *mode.split(), "-o", "s", "a.qmp"], cwd=work)
+    time.sleep(moment)
+    dump.kill()
+    dump.wait(10)
+
+    def settled() -> bool:
+        status = source.cmd("query-migrate").get("status")
+        return source.status() == "running" or (source.status() == "postmigrate" and status == "completed")
+
+    until(settled, 30, "it runs on, or has given its state away")
+    if source.status() == "running":
+        assert source.running()
+    else:
+        assert Path(work, "s").exists()
+        guests.waiting()
+        assert shell("vm-restore -q b.qmp < s", work).status == 0
+
+
+def test_kill_9_while_the_sink_holds_the_last_bytes(guests: Guests, work: Path) -> None:
+    """All is sent, the guest stands in finish-migrate: the most dangerous moment."""
+    source = guests.running()
+    dump = start(work, "vm-dump -q a.qmp | python3 -c 'import time; time.sleep(100)'")
+    try:
+        until(lambda: sending(source), 20, "under way")
+        os.kill(dumper(dump.pid), signal.SIGKILL)
+        until(lambda: source.status() == "running", 20, "it runs on")
+    finally:
+        end(dump)
+    assert source.running()
+
+
+def killed_sink(work: Path, kill: Callable[[int], None], source: Guest) -> None:
+    """A sink that would commit a short object as whole when its input ends."""
+    script = "cat > part && sync && mv part object"
+    dump = subprocess.Popen(["vm-dump", "--speed", "30m", "--to", script, "a.qmp"], cwd=work)
+    try:
+        until(lambda: sending(source), 20, "under way")
+        until(lambda: Path(work, "part").exists(), 20, "the sink has begun")
+        time.sleep(0.3)
+        kill(dump.pid)
+        assert dump.wait(30) != 0
+    finally:
+        dump.kill()
+        dump.wait(10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_uploader_never_commits_a_short_object(guests: Guests, work: Path, number: int) -> None:
+    source = guests.running()
+    killed_sink(work, lambda pid: os.kill(pid, number), source)
+    until(lambda: source.status() == "running", 20, "it runs on")
+    assert source.running()
+    time.sleep(1)
+    assert Path(work, "part").exists()
+    assert not Path(work, "object").exists()
+
+
+def test_the_sink_reads_everything_and_then_fails(guests: Guests, work: Path) -> None:
+    """What QEMU's own `exec:` calls completed."""
+    source = guests.running()
+    done = shell("vm-dump --to 'cat > s; exit 3' a.qmp", work)
+    assert done.status == 1
+    assert "ended with status 3; the guest runs on" in done.err
+    as_it_was(source)
+    done = shell("vm-dump --to 'cat | false | cat' a.qmp", work)
+    assert done.status == 1
+    as_it_was(source)
+    done = shell("vm-dump --stop --to '(cat; exit 3) | zstd -q > s' a.qmp", work)
+    assert done.status == 1
+    as_it_was(source)
+
+
+def test_cancelled_by_another(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    dump = subprocess.Popen(["vm-dump", "--speed", "30m", "a.qmp"], cwd=work, stdout=-3, stderr=subprocess.PIPE)
+    try:
+        until(lambda: sending(source), 20, "under way")
+        source.cmd("migrate_cancel")
+        _, err = dump.communicate(timeout=30)
+        assert dump.returncode == 1
+        assert err == b"vm-dump: error: the migration was cancelled; the guest runs on\n"
+    finally:
+        dump.kill()
+        dump.wait(10)
+    as_it_was(source)
+
+
+def test_the_guest_dies(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    dump = subprocess.Popen(["vm-dump", "--speed", "30m", "-o", "s", "a.qmp"], cwd=work, stderr=subprocess.PIPE)
+    try:
+        until(lambda: sending(source), 20, "under way")
+        source.end()
+        _, err = dump.communicate(timeout=30)
+        assert dump.returncode == 1
+        assert b"QEMU gave up" in err
+    finally:
+        dump.kill()
+        dump.wait(10)
+    assert not Path(work, "s").exists()
+
+
+def test_a_paused_guest_stays_paused_when_the_last_byte_is_lost(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    source.cmd("stop")
+    done = shell("vm-dump --to 'cat > s; exit 1' a.qmp; vm-status a.qmp", work)
+    assert "the guest is paused as before" in done.err
+    assert "stands paused; its last migration failed" in done.text
+    assert source.standing()
+    assert shell("vm-cont a.qmp", work).status == 0
+    as_it_was(source)
+
+
+def test_a_paused_guest_stays_paused_on_failure(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    source.cmd("stop")
+    done = shell("vm-dump a.qmp | head -c 1000000 > s", work)
+    assert done.status == 1
+    assert "the guest is paused as before" in done.err
+    assert source.status() == "paused"
+    source.cmd("cont")
+    as_it_was(source)
+
+
+def test_what_a_failed_dump_has_left_is_no_state(guests: Guests, work: Path) -> None:
+    """A cut input of a whole pipeline is noticed at its end, too: the short file is no state."""
+    source = guests.running()
+    shell("vm-dump a.qmp | head -c 30000000 > s", work)
+    as_it_was(source)
+    waiting = guests.waiting()
+    done = shell("vm-restore b.qmp < s", work)
+    assert done.status == 3
+    assert waiting.status() == "inmigrate"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from itertools import pairwise
 
 from .errors import CannotDo, WrongUsage
 
@@ -24,7 +25,7 @@ STDIO = re.compile(r"^(mon:)?stdio\b|^stdio,|^curses\b")
 
 def check_arguments(arguments: list[str]) -> None:
     """WrongUsage for what cannot be among the arguments of QEMU."""
-    for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for name, value in pairwise([*arguments, ""]):
         option = "-" + name.lstrip("-") if name.startswith("-") else ""
         if option in FORBIDDEN:
             raise WrongUsage(f"{name} cannot be among the arguments of QEMU here", FORBIDDEN[option])
@@ -37,7 +38,7 @@ def check_arguments(arguments: list[str]) -> None:
 
 def monitor_path(arguments: list[str]) -> str | None:
     """The path of the first `-qmp unix:PATH` among the arguments."""
-    for name, value in zip(arguments, arguments[1:], strict=False):
+    for name, value in pairwise(arguments):
         if name in ("-qmp", "--qmp") and value.startswith("unix:"):
             return value[5:].split(",")[0]
     return None
@@ -79,11 +80,14 @@ class Process:
                 raise CannotDo(f"QEMU's monitor {self.path} did not appear in {STARTS:.0f} s")
             time.sleep(0.01)
 
-    def words(self) -> str:
-        """What it has written to its standard error, its end where that is long."""
-        # Its last words come with its end.
+    def alive(self) -> bool:
+        """False once it has ended; one that is about to is given half a second."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.5)
+        return self._process.poll() is None
+
+    def words(self) -> str:
+        """What it has written to its standard error, its end where that is long."""
         try:
             with open(self.log, encoding="utf-8", errors="backslashreplace") as file:
                 return "; ".join(line.strip() for line in file.read().splitlines()[-8:] if line.strip())

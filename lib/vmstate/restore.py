@@ -12,7 +12,7 @@ from typing import Any
 from . import compression
 from .command import PUT_BACK
 from .description import End, judge_end
-from .errors import GuestGone, Refused, Stopped, VmstateError
+from .errors import Damaged, GuestGone, Refused, Stopped, VmstateError
 from .head import Head
 from .monitor import Monitor
 from .nics import Nic, from_info_network
@@ -138,7 +138,7 @@ class Restore:
         except (QemuStopped, Refused, GuestGone) as error:
             if not waiting.begun:
                 raise
-            raise refusal(self._words(error), whole) from error
+            raise self._refusal(error, whole) from error
 
     def _proven(self, incoming: Incoming) -> End:
         """The end of the input: its last stages have ended with 0, and its last bytes are those of a whole state."""
@@ -146,23 +146,26 @@ class Restore:
             self._stage.finish()
         return incoming.judge()
 
-    def _words(self, error: Exception) -> str:
-        """QEMU's own words about a refusal, from where they can be had."""
+    def _refusal(self, error: Exception, whole: bool) -> VmstateError:
+        """Why QEMU did not take the state, in its own words where they can be had."""
         if isinstance(error, Refused):
-            return error.text
-        if self._process:
-            return self._process.words()
-        return self._reason()
-
-    def _reason(self) -> str:
+            return refusal(error.text, whole)
+        if self._process and not self._process.alive():
+            return refusal(self._process.words(), whole)
         try:
             assert self._waiting
             self._waiting.loaded()
-        except Refused as error:
-            return error.text
+        except Refused as reason:
+            return refusal(reason.text, whole)
         except VmstateError:
-            pass
-        return ""
+            return refusal("", whole)
+        return Damaged(
+            f"the input is not whole: it goes on behind the end of the state, at most {self.passed} bytes in"
+        )
+
+    @property
+    def passed(self) -> int:
+        return self._incoming.passed if self._incoming else 0
 
     def _sampler(self) -> Callable[[], Sample | None]:
         return lambda: Sample(self._incoming.came, self._size) if self._incoming else None
@@ -177,6 +180,8 @@ class Restore:
         if isinstance(error, Stopped) or not isinstance(error, VmstateError):
             return error
         if self._waiting and not self._process:
+            if self._waiting.begun and isinstance(error, Damaged):
+                self._waiting.discard()
             error.hints = (*error.hints, self._waiting.fate())
         return error
 

@@ -1,5 +1,6 @@
 """Verbs on a guest that waits for a state (`-incoming defer`): does the state fit, hold the guest, load, let it run."""
 
+import contextlib
 import socket
 from typing import Any
 
@@ -128,6 +129,12 @@ class Waiting:
                 # No card of this guest has one.
                 filters = []
             return monitor.human("info network"), monitor.pid(), filters
+
+    def discard(self) -> None:
+        """End a guest that has loaded what was then found damaged: as QEMU does when it finds it itself."""
+        with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
+            if look(monitor).run != "inmigrate":
+                monitor.ask("quit")
 
     def fate(self) -> str:
         """What has become of a guest into which nothing was loaded, in words."""

@@ -1,0 +1,152 @@
+"""The flows of the old KVM HOWTO, as they stand there and with our filters, on real guests."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Guests, shell
+from vm import Guest, until
+
+from guest.judge import went_on
+
+KEY = "me@example.org"
+
+
+def monitor(guest: Guest, *lines: str) -> None:
+    """Lines typed in the human monitor, the last one a `migrate`; returns when that is done."""
+    for line in lines:
+        guest.cmd("human-monitor-command", **{"command-line": line})
+    until(lambda: guest.cmd("query-migrate")["status"] in ("completed", "failed"), 120, "the migration is over")
+    assert guest.cmd("query-migrate")["status"] == "completed"
+
+
+def saved_in_the_monitor(guests: Guests, command: str) -> int:
+    """`stop`, then `migrate "exec:COMMAND"`; gives the count at which the guest stood."""
+    source = guests.running()
+    source.cmd("stop")
+    monitor(source, "migrate_set_parameter max-bandwidth 10G", f'migrate "exec:{command}"')
+    assert source.status() == "postmigrate"
+    stood = source.count() or 0
+    source.end()
+    return stood
+
+
+def goes_on(guests: Guests, guest: Guest, stood: int) -> None:
+    assert shell(f"vm-cont {guest.qmp}", guests.folder).status == 0
+    went_on(stood, guest)
+
+
+def test_gzip_in_the_monitor_and_back(guests: Guests, work: Path) -> None:
+    stood = saved_in_the_monitor(guests, f"gzip -c > {work}/STATEFILE.gz")
+    guest = guests.waiting()
+    assert shell("gzip -c -d STATEFILE.gz | vm-restore b.qmp", work).status == 0
+    assert guest.status() == "paused"
+    goes_on(guests, guest, stood)
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        ("gzip -c > {}/S", "gzip -c -d {}/S"),
+        ("bzip2 -1 -c > {}/S", "bzip2 -d -c {}/S"),
+        ("vm-compress > {}/S", "vm-compress -d < {}/S"),
+        ("vm-compress > {}/S", "vm-compress -d {}/S"),
+        ("vm-compress > {}/S", "zstd -q -d -c {}/S"),
+    ],
+)
+def test_qemu_runs_the_filters_itself(guests: Guests, work: Path, pack: str, unpack: str) -> None:
+    """`migrate "exec:..."` in a monitor and `-incoming "exec:..."` on a command line."""
+    stood = saved_in_the_monitor(guests, pack.format(work))
+    guest = guests.start("b", incoming="exec:" + unpack.format(work))
+    guest.wait_status("paused")
+    goes_on(guests, guest, stood)
+
+
+@pytest.mark.parametrize(("pack", "unpack"), [("gzip -c", "gzip -d -c"), ("bzip2 -1", "bzip2 -d"), ("cat", "cat")])
+def test_offline_with_foreign_filters(guests: Guests, work: Path, pack: str, unpack: str) -> None:
+    source = guests.running()
+    assert shell(f"vm-dump --stop a.qmp | {pack} > F", work).status == 0
+    stood = source.count() or 0
+    source.end()
+    guest = guests.waiting()
+    assert shell(f"{unpack} < F | vm-restore b.qmp", work).status == 0
+    goes_on(guests, guest, stood)
+
+
+@pytest.mark.parametrize(
+    "packed", [f"gpg -q -e -r {KEY} -o {{}}/STATEFILE.gpg", f"vm-encrypt -r {KEY} > {{}}/STATEFILE.gpg"]
+)
+@pytest.mark.parametrize("unpacked", ["gpg -q -d STATEFILE.gpg", "vm-encrypt -d STATEFILE.gpg"])
+def test_encrypted_in_the_monitor_and_back(guests: Guests, work: Path, gnupg: Path, packed: str, unpacked: str) -> None:
+    stood = saved_in_the_monitor(guests, packed.format(work))
+    guest = guests.waiting()
+    done = shell(f"{unpacked} | vm-restore b.qmp", work)
+    assert done.status == 0, done.err
+    goes_on(guests, guest, stood)
+
+
+def test_the_main_job(guests: Guests, work: Path, gnupg: Path) -> None:
+    """Saved while it runs, packed and encrypted into one file; back, announced, and the counter goes on."""
+    source = guests.running()
+    done = shell(f"vm-dump -q a.qmp | vm-compress | vm-encrypt -r {KEY} > s.vmz.gpg", work)
+    assert (done.status, done.err) == (0, "")
+    stood = source.count() or 0
+    source.end()
+    guest = guests.waiting()
+    done = shell("vm-encrypt -d s.vmz.gpg | vm-compress -d | vm-restore b.qmp | vm-announce", work)
+    assert (done.status, done.err) == (0, "")
+    went_on(stood, guest)
+
+
+def test_the_main_job_where_every_stage_counts(guests: Guests, work: Path, gnupg: Path) -> None:
+    source = guests.running()
+    done = shell(f"vm-dump --after quit --to 'vm-compress | vm-encrypt -r {KEY} > s' a.qmp", work)
+    assert (done.status, done.err) == (0, "")
+    source.wait_gone(10)
+    stood = source.count() or 0
+    guest = guests.waiting()
+    done = shell("vm-restore --from 'gpg -q -d s | zstd -q -dc' b.qmp", work)
+    assert (done.status, done.err) == (0, "")
+    assert guest.wait_count(stood) >= stood
+
+
+def test_a_forged_state_never_runs(guests: Guests, work: Path, gnupg: Path) -> None:
+    guests.running()
+    assert shell(f"vm-dump -q a.qmp | vm-encrypt -r {KEY} > s", work).status == 0
+    with Path(work, "s").open("r+b") as file:
+        file.seek(40_000_000)
+        byte = file.read(1)[0]
+        file.seek(40_000_000)
+        file.write(bytes([byte ^ 1]))
+    guest = guests.waiting()
+    done = shell("vm-encrypt -d s | vm-restore b.qmp", work)
+    assert done.status == 3
+    assert guest.status() in ("inmigrate", "gone")
+    assert guest.count() is None
+    guest = guests.waiting("c")
+    done = shell("vm-restore --from 'gpg -q -d s' c.qmp", work)
+    assert done.status == 1
+    assert guest.count() is None
+
+
+def test_tcp_and_exec_as_qemu_has_them(guests: Guests, work: Path) -> None:
+    """A state that QEMU sends itself over `exec:nc` arrives in a held guest, too."""
+    source = guests.running()
+    stood = source.count() or 0
+    guest = guests.waiting()
+    script = f"nc -l 127.0.0.1 4455 > pipe & cat pipe | vm-restore b.qmp & sleep 0.3; echo {source.pid}; wait %2"
+    receiving = shell_in_background(f"mkfifo pipe; {script}", work)
+    monitor(source, "migrate_set_parameter max-bandwidth 10G", 'migrate "exec:nc -N 127.0.0.1 4455"')
+    assert receiving.wait(60) == 0
+    assert guest.wait_count(stood) >= stood
+    assert guest.running()
+
+
+def shell_in_background(script: str, folder: Path):  # type: ignore[no-untyped-def]
+    import subprocess
+    import time
+
+    started = subprocess.Popen(["bash", "-c", script], cwd=folder, stdout=subprocess.PIPE)
+    assert started.stdout is not None
+    started.stdout.readline()
+    time.sleep(0.1)
+    return started

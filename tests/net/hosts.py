@@ -1,0 +1,98 @@
+"""Two hosts and a switch between them, as network namespaces; the same folders, each with a bridge for its guests.
+
+    A: tap0 -- br0 -- eth0 ==== vA \\
+                                  switch (the client's place)
+    B: tap0 -- br0 -- eth0 ==== vB /
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conftest import Done, run
+
+ADDRESS = {"A": "192.0.2.1", "B": "192.0.2.2", "S": "192.0.2.100"}
+GUEST = "192.0.2.5"
+
+
+@dataclass
+class Hosts:
+    """`sh("A", …)` runs a pipeline on host A, in `folder`; `background` starts one that surely ends."""
+
+    folder: Path
+    prefix: str
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def name(self, host: str) -> str:
+        return f"{self.prefix}{host}"
+
+    def sh(self, host: str, script: str, timeout: float = 90) -> Done:
+        return run(*self._command(host, script), cwd=self.folder, timeout=timeout)
+
+    def background(self, host: str, script: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            self._command(host, script), cwd=self.folder, start_new_session=True, stdin=subprocess.DEVNULL
+        )
+        self.started.append(process)
+        return process
+
+    def qemu(self, host: str) -> str:
+        """The command line that starts QEMU on a host."""
+        return f"ip netns exec {self.name(host)} {os.environ.get('VM_QEMU') or 'qemu-system-x86_64'}"
+
+    def tap(self, mac: str = "52:54:00:00:00:01") -> list[str]:
+        return [
+            "-netdev",
+            "tap,id=net0,ifname=tap0,script=no,downscript=no",
+            "-device",
+            f"virtio-net-pci,netdev=net0,mac={mac},romfile=",
+        ]
+
+    def _command(self, host: str, script: str) -> list[str]:
+        return ["ip", "netns", "exec", self.name(host), "bash", "-o", "pipefail", "-c", script]
+
+    def build(self) -> None:
+        for host in "ABS":
+            ip(f"netns add {self.name(host)}")
+            for line in ("link set lo up", "link add br0 type bridge", "link set br0 up"):
+                ip(f"-n {self.name(host)} {line}")
+            ip(f"-n {self.name(host)} addr add {ADDRESS[host]}/24 dev br0")
+        for host in "AB":
+            ip(f"-n {self.name(host)} link add eth0 type veth peer name v{host} netns {self.name('S')}")
+            for where, port in ((host, "eth0"), ("S", f"v{host}")):
+                ip(f"-n {self.name(where)} link set {port} master br0 up")
+            ip(f"-n {self.name(host)} tuntap add tap0 mode tap")
+            ip(f"-n {self.name(host)} link set tap0 master br0 up")
+
+    def link(self, host: str, state: str) -> None:
+        ip(f"-n {self.name(host)} link set eth0 {state}")
+
+    def destroy(self) -> None:
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+        for host in "ABS":
+            run("ip", "netns", "del", self.name(host))
+
+
+def ip(line: str) -> None:
+    done = run("ip", *shlex.split(line))
+    assert done.status == 0, f"ip {line}: {done.err}"
+
+
+@contextlib.contextmanager
+def hosts(folder: Path) -> Iterator[Hosts]:
+    made = Hosts(folder, f"vm{os.getpid()}")
+    try:
+        made.build()
+        yield made
+    finally:
+        made.destroy()

@@ -148,15 +148,17 @@ class Restore:
 
     def _refusal(self, error: Exception, whole: bool) -> VmstateError:
         """Why QEMU did not take the state, in its own words where they can be had."""
-        if isinstance(error, Refused):
-            return refusal(error.text, whole)
         if self._process and not self._process.alive():
             return refusal(self._process.words(), whole)
         try:
+            if isinstance(error, Refused):
+                raise error
             assert self._waiting
             self._waiting.loaded()
         except Refused as reason:
-            return refusal(reason.text, whole)
+            # From 9.1 on QEMU lives on; the details are on its stderr nevertheless.
+            details = self._process.words() if self._process else ""
+            return refusal(f"{details}; {reason.text}" if details else reason.text, whole)
         except VmstateError:
             return refusal("", whole)
         return Damaged(

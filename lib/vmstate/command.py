@@ -6,7 +6,9 @@ command dies of it.
 """
 
 import contextlib
+import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from .report import Report
 Options = dict[str, Any]
 Main = Callable[[Options, Report], int | None]
 
+# Of these only writing can fail.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PUT_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -35,7 +39,8 @@ def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
             signal.signal(number, _stop)
     # Asked for a line of progress when there is none to tell: not a reason to die.
     signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
-    report = Report(name)
+    # What cannot be parsed is reported as asked for, too.
+    report = Report(name, quiet=_asked("-q", "--quiet"), as_json=_asked("--json"))
     try:
         options = _parse(name, usage)
         report = Report(
@@ -70,8 +75,30 @@ def _parse(name: str, usage: str) -> Options:
         return dict(docopt(usage, version=f"{name} (vmstate) {__version__}"))
     except DocoptExit as error:
         reason = str(error).split("\n")[0]
-        said = f"wrong usage: {reason}" if reason and not reason.lower().startswith("usage") else "wrong usage"
+        if reason.lower().startswith("usage"):
+            reason = _unknown(usage)
+        said = f"wrong usage: {reason}" if reason else "wrong usage"
         raise WrongUsage(said, *(line.strip() for line in error.usage.split("\n")[1:]), f"{name} --help") from error
+
+
+def _own_words() -> list[str]:
+    """The words of the command line that are ours: those before `--`."""
+    words = sys.argv[1:]
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _asked(*names: str) -> bool:
+    return any(name in _own_words() for name in names)
+
+
+def _unknown(usage: str) -> str:
+    """The first option that `usage` does not have, in words; a part of a long name will do for docopt."""
+    known = re.findall(r"(?<![\w-])--?[a-zA-Z0-9][\w-]*", usage)
+    for word in _own_words():
+        name = word.split("=")[0] if word.startswith("--") else word[:2]
+        if name.startswith("-") and name != "-" and not any(option.startswith(name) for option in known):
+            return f"there is no option {name}"
+    return ""
 
 
 def _stop(number: int, _frame: object) -> None:
@@ -101,7 +128,9 @@ def _leave(status: int) -> NoReturn:
 
 def _words(error: OSError) -> str:
     what = error.strerror or str(error)
-    return f"{error.filename}: {what}" if error.filename else what
+    if error.filename:
+        return f"{error.filename}: {what}"
+    return f"cannot {'write' if error.errno in FULL else 'read or write'}: {what}"
 
 
 def guest_path(options: Options) -> str:

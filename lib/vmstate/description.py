@@ -93,11 +93,20 @@ def _match(data: bytes, mark: int, start: int, expected: list[tuple[str, int, in
         if name == "globalstate":
             runstate = _runstate(data[first + 5 + len(header) + 4 : at], device)
         at, found = first, found + 1
-    # What is not found here came before RAM (virtio-mem); the RAM section's footer then lies before the first device.
-    if not runstate or at < 5 or data[at - 5] != layout.QEMU_VM_SECTION_FOOTER:
+    if not runstate or not _begins_here(data, at, len(expected) - found):
         name = expected[-1 - found][0] if found < len(expected) else "globalstate"
         raise Damaged(f"the sections before the end mark are not those of the description: expected {name!r}")
     return End(tail=len(data) - at, description=len(data) - start, devices=found, runstate=runstate)
+
+
+def _begins_here(data: bytes, at: int, missing: int) -> bool:
+    """Whether the device part can begin at `at`: behind the footer of RAM, or of another section with rounds.
+
+    Sections that are missing came before RAM (virtio-mem), so that RAM itself must be what ends here.
+    """
+    if at < 13 or data[at - 5] != layout.QEMU_VM_SECTION_FOOTER:
+        return False
+    return not missing or data[at - 13 : at - 5] == layout.U64.pack(layout.RAM_SAVE_FLAG_EOS)
 
 
 def _is_section(data: bytes, first: int, behind: int, header: bytes) -> bool:

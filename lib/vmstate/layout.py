@@ -30,6 +30,7 @@ MIG_RP_MSG_SHUT = 1
 
 # migration/ram.c; the rest of the word is an offset in the block
 RAM_SAVE_FLAG_MEM_SIZE = 0x004
+RAM_SAVE_FLAG_EOS = 0x010
 RAM_FLAGS = 0xFFF
 
 U16 = struct.Struct(">H")

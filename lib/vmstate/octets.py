@@ -271,6 +271,9 @@ def wait_until_read(fd: int) -> None:
         if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(pause)):
             raise BrokenPipeError("the reader went away before it had read everything")
         pause = min(20, pause * 2)
+    # What the far end of a socket has thrown away counts as read; the error tells the two apart.
+    if kind(fd) == "socket" and any(event & select.POLLERR for _, event in poll.poll(0)):
+        raise BrokenPipeError("the far end went away before it had read everything")
 
 
 def open_input(path: str | None) -> int:

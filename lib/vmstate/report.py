@@ -30,7 +30,7 @@ class Report:
             return
         self._line("error", str(error))
         for hint in error.hints:
-            self._line("hint", hint)
+            self.hint(hint)
 
     def warning(self, text: str) -> None:
         self._say("warning", text)

@@ -1,0 +1,108 @@
+"""The end of a state: real ones, cut at any byte, and forged."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vmstate import layout
+from vmstate.description import description_at_end, find_end, judge_end
+from vmstate.errors import Damaged
+
+from unit.streams import NAMES, state
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_end(name: str) -> None:
+    data = state(name)
+    end = judge_end(data)
+    assert end.runstate == "prelaunch"
+    mark, start = description_at_end(data) or (0, 0)
+    assert end.description == len(data) - start
+    assert data[mark] == layout.QEMU_VM_EOF
+    devices = json.loads(data[start:])["devices"]
+    assert end.devices == len(devices)
+    # The first device section follows the footer of the RAM section.
+    first = len(data) - end.tail
+    assert data[first] == layout.QEMU_VM_SECTION_FULL
+    assert data[first - 5] == layout.QEMU_VM_SECTION_FOOTER
+    assert data[first - 13 : first - 5] == bytes([0, 0, 0, 0, 0, 0, 0, 0x10])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tail_alone_is_enough_but_no_less(name: str) -> None:
+    data = state(name)
+    end = judge_end(data)
+    assert judge_end(data[-end.tail - 13 :]) == end
+    with pytest.raises(Damaged, match="are not those of the description"):
+        judge_end(data[-end.tail + 1 :])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_anywhere_it_is_not_whole(name: str) -> None:
+    data = state(name)
+    end = judge_end(data)
+    cuts = {*range(1, 300), *range(300, end.tail, 977), end.description, end.description + 1, end.description + 6}
+    for cut in cuts:
+        assert find_end(data[:-cut]) is None, cut
+
+
+@pytest.mark.parametrize("junk", [b"}", b"\0", b"x", bytes(1024), b'{"devices": []}'])
+def test_anything_behind_the_end(junk: bytes) -> None:
+    with pytest.raises(Damaged, match="the state is not whole: expected an end mark and the whole description"):
+        judge_end(state("q35-7.2") + junk)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_changed_byte_around_a_section_is_seen(data: st.DataObject) -> None:
+    """Headers, names and footers of the device sections; what is inside them is not judged yet."""
+    whole = state("q35-10.0")
+    end = judge_end(whole)
+    mark = (description_at_end(whole) or (0, 0))[0]
+    at = whole.find(b"globalstate", len(whole) - end.tail)
+    place = data.draw(st.sampled_from([at + i for i in range(-6, 15)] + [mark - 5 + i for i in range(5)]))
+    flip = data.draw(st.integers(1, 255))
+    forged = whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :]
+    with pytest.raises(Damaged):
+        judge_end(forged)
+
+
+def test_a_description_that_is_no_json() -> None:
+    text = b"{" + b"x" * 100 + b"}"
+    forged = bytes([0x7E, 0, 0, 0, 2]) + layout.END.pack(0, 6, len(text)) + text
+    with pytest.raises(Damaged, match="the description at the end cannot be read"):
+        judge_end(forged)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "{}",
+        '{"devices": 1}',
+        '{"devices": [{}]}',
+        '{"devices": [{"name": 1}]}',
+        '{"devices": []}',
+        '{"devices":' + "[" * 60,
+    ],
+)
+def test_a_forged_description(description: str) -> None:
+    """As a guest could put it into its memory."""
+    text = description.encode() + (b"]" * 60 + b"}" if description.endswith("[") else b"")
+    forged = bytes([0x7E, 0, 0, 0, 2]) + layout.END.pack(0, 6, len(text)) + text
+    with pytest.raises(Damaged):
+        judge_end(forged)
+
+
+def test_a_large_description() -> None:
+    """1.6 MB, as with 200 vCPUs; the length's first two bytes are then not all zero."""
+    pad = " " * 1_600_000
+    text = ('{"page_size": 4096,' + pad + '"devices": []}').encode()
+    forged = bytes([0x7E, 0, 0, 0, 2]) + layout.END.pack(0, 6, len(text)) + text
+    assert description_at_end(forged) == (5, 11)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_it_fail_otherwise(data: bytes) -> None:
+    assert find_end(data) is None
+    assert description_at_end(data + b"}") is None or data

@@ -1,0 +1,175 @@
+"""Descriptors, the ring, the held output, and named files that appear whole or not at all."""
+
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vmstate import octets
+from vmstate.errors import CannotDo, WrongUsage
+from vmstate.octets import BLOCK, FdReader, Held, Output, Pushback, Ring, read_up_to, unread, wait_until_read, write_all
+
+
+class Bytes:
+    """A reader over bytes that gives at most `step` at a time."""
+
+    def __init__(self, data: bytes, step: int = 1 << 30) -> None:
+        self.data, self.step = memoryview(data), step
+
+    def readinto(self, view: memoryview) -> int:
+        count = min(len(view), len(self.data), self.step)
+        view[:count] = self.data[:count]
+        self.data = self.data[count:]
+        return count
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40)), st.integers(8, 64), st.integers(0, 7))
+def test_a_ring_gives_what_came(pieces: list[bytes], size: int, keep: int) -> None:
+    ring = Ring(size)
+    came = left = b""
+    for piece in pieces:
+        while piece:
+            space = ring.space()
+            count = min(len(space), len(piece))
+            assert count
+            space[:count] = piece[:count]
+            ring.filled(count)
+            came, piece = came + piece[:count], piece[count:]
+            while ready := ring.oldest(keep):
+                left += bytes(ready)
+                ring.taken(len(ready))
+            assert ring.last(size) == came[-size:]
+            assert ring.last(keep) == (came[-keep:] if keep else b"")
+            assert came.startswith(left)
+            assert len(came) - len(left) == min(keep, len(came))
+    assert ring.came == len(came)
+    assert ring.left == len(left)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
+@pytest.mark.parametrize("hold", [1, 4096, BLOCK, BLOCK + 1])
+def test_a_held_output_keeps_the_newest_back(tmp_path: Path, size: int, hold: int) -> None:
+    data = os.urandom(size)
+    path = tmp_path / "out"
+    with path.open("wb", buffering=0) as file:
+        held = Held(file.fileno(), hold)
+        for at in range(0, size, 70_001):
+            held.write(data[at : at + 70_001])
+        assert path.read_bytes() == data[: max(0, size - hold)]
+        held.release()
+    assert path.read_bytes() == data
+
+
+@given(st.binary(max_size=300), st.integers(0, 300), st.integers(1, 50))
+def test_pushback_then_the_rest(data: bytes, cut: int, step: int) -> None:
+    source = Pushback(data[:cut], Bytes(data[cut:], step))
+    assert read_up_to(source, 1000) == data
+    assert read_up_to(source, 1000) == b""
+
+
+def test_write_all_into_a_non_blocking_pipe() -> None:
+    """ssh and shells make the pipe non-blocking for all who share it."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    data = os.urandom(1 << 20)
+    taken: list[bytes] = []
+    reader = threading.Thread(target=lambda: taken.append(read_up_to(FdReader(ours), len(data))))
+    reader.start()
+    write_all(theirs, data)
+    reader.join(20)
+    assert taken == [data]
+
+
+def test_reading_from_a_non_blocking_pipe() -> None:
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    threading.Timer(0.05, lambda: (os.write(theirs, b"late"), os.close(theirs))).start()
+    assert read_up_to(FdReader(ours), 10) == b"late"
+
+
+@pytest.mark.parametrize("make", ["pipe", "socket"])
+def test_wait_until_read(make: str) -> None:
+    if make == "pipe":
+        ours, theirs = os.pipe()
+    else:
+        pair = socket.socketpair()
+        ours, theirs = pair[0].detach(), pair[1].detach()
+    os.write(theirs, b"x" * 5000)
+    assert unread(theirs) > 0
+    waited = threading.Event()
+    waiter = threading.Thread(target=lambda: (wait_until_read(theirs), waited.set()))
+    waiter.start()
+    assert not waited.wait(0.1)
+    os.read(ours, 5000)
+    waiter.join(10)
+    assert waited.is_set()
+    os.write(theirs, b"y")
+    os.close(ours)
+    with pytest.raises(BrokenPipeError):
+        wait_until_read(theirs)
+
+
+def test_a_named_output_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    output = Output(str(path))
+    write_all(output.fd, b"whole")
+    assert not path.exists()
+    output.settle()
+    assert path.read_bytes() == b"whole"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_named_output_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    output = Output(str(path))
+    write_all(output.fd, b"new")
+    output.abandon()
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
+    output = Output(str(path))
+    write_all(output.fd, b"new")
+    output.settle()
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_named_output_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    output = Output(str(tmp_path / "link"))
+    write_all(output.fd, b"x")
+    output.settle()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"x"
+
+
+def test_input_and_output_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_bytes(b"data")
+    (tmp_path / "other").hardlink_to(path)
+    for name in ("s", "./s", "other"):
+        with (tmp_path / "s").open("rb") as file, pytest.raises(WrongUsage, match="the same file"):
+            Output(str(tmp_path / name)).refuse_as_input(file.fileno())
+    assert path.read_bytes() == b"data"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(CannotDo, match="cannot create .*No such file"):
+        Output(str(tmp_path / "no/such/folder"))
+
+
+def test_kinds(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        assert octets.kind(file.fileno()) == "file"
+    ours, theirs = os.pipe()
+    assert octets.kind(ours) == "pipe"
+    assert octets.kind(os.open("/dev/null", os.O_RDONLY)) == "other"
+    master, slave = os.openpty()
+    assert octets.kind(slave) == "terminal"
+    assert octets.kind(socket.socketpair()[0].detach()) == "socket"

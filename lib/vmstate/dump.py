@@ -12,7 +12,7 @@ from typing import Any
 from . import guest
 from .command import PUT_BACK
 from .description import End
-from .errors import CannotDo, Stopped, VmstateError
+from .errors import CannotDo, Stopped, Unsettled, VmstateError
 from .guard import Guard
 from .octets import Output, channel
 from .progress import Progress, Sample
@@ -59,11 +59,20 @@ class Dump:
             self._outgoing.answer(0)
         except BaseException as error:
             raise self._put_back(error) from error
-        info = self._sending.completed().info
         if self._guard:
             self._guard.done()
-        state = guest.finish(self._plan.path, self._plan.after)
-        return self._outcome(end, info, state)
+        return self._finish(end)
+
+    def _finish(self, end: End) -> dict[str, Any]:
+        """QEMU completes, and the guest becomes what was wished."""
+        path = self._plan.path
+        try:
+            info = self._sending.completed().info
+        except VmstateError as error:
+            raise Unsettled(
+                f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
+            ) from error
+        return self._outcome(end, info, guest.finish(path, self._plan.after))
 
     def _make_guard(self) -> Guard | None:
         if isinstance(self._sink, Stage):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
-from .monitor import Monitor
+from .monitor import PATIENCE, Monitor
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
@@ -67,7 +67,7 @@ def look(monitor: Monitor) -> Standing:
     return Standing(monitor.ask("query-status")["status"], info.get("status", "none"), info)
 
 
-def glance(path: str, patience: float = 5.0) -> Standing:
+def glance(path: str, patience: float = PATIENCE) -> Standing:
     """`look` in a conversation of its own."""
     with Monitor(path, patience) as monitor:
         return look(monitor)
@@ -213,20 +213,22 @@ class Sending:
         self.begun = False
 
     def start(self, fd: int, *, stopped: bool, watch: Callable[[], None]) -> None:
-        """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called."""
+        """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called.
+
+        Once `begun` is true there is something for `take_back` to undo, also where this raises.
+        """
         with Monitor(self.path) as monitor:
             standing = require_sendable(monitor, self.path)
             self.found.ran = standing.run in ("running", "suspended")
-            prepare(monitor, ("return-path",), self._parameters(monitor), self.found)
+            self.begun = True
             try:
+                prepare(monitor, ("return-path",), self._parameters(monitor), self.found)
                 if stopped and self.found.ran:
                     watch()
                     monitor.ask("stop")
                 monitor.give(NAME, fd)
-                self.begun = True
                 monitor.ask("migrate", uri=f"fd:{NAME}")
             except Refused as error:
-                self._undo(monitor, stopped)
                 raise _explained(error, self.path) from error
 
     def _parameters(self, monitor: Monitor) -> dict[str, Any]:
@@ -238,13 +240,6 @@ class Sending:
         if self._downtime is not None:
             wanted["downtime-limit"] = self._downtime
         return wanted
-
-    def _undo(self, monitor: Monitor, stopped: bool) -> None:
-        with contextlib.suppress(Refused):
-            monitor.ask("closefd", fdname=NAME)
-        self.found.put_back(monitor)
-        if stopped and self.found.ran:
-            monitor.ask("cont")
 
     def completed(self) -> Standing:
         """After the given-away word: wait for QEMU's `completed` and put back what was found."""
@@ -260,6 +255,9 @@ class Sending:
         """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
         standing = wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
         with Monitor(self.path) as monitor:
+            with contextlib.suppress(Refused):
+                # Not there any more, where QEMU got as far as using it.
+                monitor.ask("closefd", fdname=NAME)
             self.found.put_back(monitor)
             standing = look(monitor)
             if self.found.ran and standing.run in ("paused", "postmigrate"):

@@ -19,7 +19,8 @@ from qemu.qmp.qmp_client import NegotiationError
 from .errors import CannotDo, GuestGone, Refused
 
 T = TypeVar("T")
-PATIENCE = 5.0
+# So that with the start of Python the answer of a command comes within 5 s.
+PATIENCE = 4.75
 # An answer comes at once, or QEMU stands still (a page fault, a dead disk).
 ANSWER = 60.0
 

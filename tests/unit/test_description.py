@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from vmstate import layout
 from vmstate.description import description_at_end, find_end, judge_end
 from vmstate.errors import Damaged
+from vmstate.octets import HOLD
 
 from unit.streams import NAMES, state
 
@@ -106,3 +107,31 @@ def test_a_large_description() -> None:
 def test_no_bytes_make_it_fail_otherwise(data: bytes) -> None:
     assert find_end(data) is None
     assert description_at_end(data + b"}") is None or data
+
+
+def section(number: int, name: str, payload: bytes) -> bytes:
+    header = bytes([layout.QEMU_VM_SECTION_FULL]) + layout.U32.pack(number) + bytes([len(name)]) + name.encode()
+    return header + bytes(8) + payload + layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number)
+
+
+def made_state(size: int) -> bytes:
+    """A RAM section's end, one device of `size` bytes, and globalstate."""
+    field = {"name": "data", "type": "buffer"}
+    devices = [
+        {"name": "gpu", "instance_id": 0, "fields": [{**field, "size": size}]},
+        {"name": "globalstate", "instance_id": 0, "fields": [{**field, "name": "runstate", "size": 100}]},
+    ]
+    text = json.dumps({"page_size": 4096, "devices": devices}).encode()
+    ram = layout.U64.pack(layout.RAM_SAVE_FLAG_EOS) + layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, 2)
+    sections = section(3, "gpu", bytes(size)) + section(4, "globalstate", b"running".ljust(100, b"\0"))
+    return ram + sections + layout.END.pack(0, 6, len(text)) + text
+
+
+def test_a_device_larger_than_what_is_held() -> None:
+    whole = made_state(20 << 20)
+    assert judge_end(whole).devices == 2
+    held = judge_end(whole[-HOLD:])
+    assert (held.devices, held.runstate, held.tail) == (1, "running", HOLD)
+    with pytest.raises(Damaged):
+        judge_end(whole[-HOLD + 1 :])
+    assert find_end(whole[-HOLD - 1 : -1]) is None

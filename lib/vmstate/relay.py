@@ -131,6 +131,7 @@ class Incoming:
         self._qemu = qemu
         self._ring = Ring(HOLD + BLOCK)
         self._ahead = ahead
+        self._over = False
         enlarge(qemu.fileno())
 
     @property
@@ -165,8 +166,12 @@ class Incoming:
             self._qemu.shutdown(socket.SHUT_WR)
 
     def _receive(self) -> int:
+        # Once over, its descriptor may be closed, and its number be another's.
+        if self._over:
+            return 0
         count = self._source.readinto(self._ring.space())
         self._ring.filled(count)
+        self._over = not count
         return count
 
     def _fill(self, data: bytes) -> None:

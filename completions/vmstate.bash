@@ -9,7 +9,7 @@ _vmstate()
             words='paused running quit' ;;
         -r|--recipient)
             words=$(gpg --batch --list-keys --with-colons 2>/dev/null |
-                awk -F: '$1 == "uid" && match($10, /<[^>]*>/) { print substr($10, RSTART + 1, RLENGTH - 2) }') ;;
+                awk -F: '$1 == "uid" { sub(/.*</, "", $10); sub(/>.*/, "", $10); print $10 }') ;;
         -o|--output)
             COMPREPLY=($(compgen -f -- "$current")); return ;;
         *)

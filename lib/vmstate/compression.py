@@ -259,10 +259,9 @@ class Frames:
 
     def _check_window(self, window: int) -> None:
         if window > WINDOW:
-            raise Damaged(
-                f"the frame at offset {self._frame} wants a window of {-(-window >> 20)} MiB, more than {WINDOW >> 20} MiB",
-                "unpack it with: zstd -d --long=31, which uses that much memory",
-            )
+            wants = f"a window of {-(-window >> 20)} MiB, more than {WINDOW >> 20} MiB"
+            hint = "unpack it with: zstd -d --long=31, which uses that much memory"
+            raise Damaged(f"the frame at offset {self._frame} wants {wants}", hint)
 
 
 def _pass(count: int) -> Generator[tuple[int, bool], bytes, None]:

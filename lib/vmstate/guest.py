@@ -16,6 +16,8 @@ from .monitor import PATIENCE, Monitor
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
+# QEMU's own rhythm, in ms
+ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
 # migration.json, MigrationStatus: those in which QEMU is not done
@@ -149,7 +151,19 @@ def cont(path: str) -> Standing:
             raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
         if standing.moving:
             raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
-        return _cont(monitor)
+        moved = standing.migration == "completed" and standing.run in ("paused", "postmigrate")
+        standing = _cont(monitor)
+        # It was loaded and held, or comes back: the network may know it elsewhere.
+        if moved:
+            announce(monitor)
+        return standing
+
+
+def announce(monitor: Monitor) -> None:
+    """Have the guest's cards speak up, in the rhythm of its parameters."""
+    had = monitor.ask("query-migrate-parameters")
+    if had.get("announce-rounds", 5):
+        monitor.ask("announce-self", **{name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE})
 
 
 def _cont(monitor: Monitor) -> Standing:

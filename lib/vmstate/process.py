@@ -10,7 +10,8 @@ import tempfile
 import time
 from itertools import pairwise
 
-from .errors import CannotDo, WrongUsage
+from .errors import CannotDo, VmstateError, WrongUsage
+from .monitor import Monitor
 
 STARTS = 30.0
 # Options under which a guest wants our terminal, or its life would not be ours to judge.
@@ -73,7 +74,7 @@ class Process:
     def wait_until_it_answers(self) -> None:
         """Return once its monitor can be reached; CannotDo with its words where it ends first."""
         give_up = time.monotonic() + STARTS
-        while not _listens(self.path):
+        while not _answers(self.path):
             if self._process.poll() is not None:
                 raise CannotDo(f"QEMU did not start: {self.words() or 'it said nothing'}")
             if time.monotonic() > give_up:
@@ -108,16 +109,14 @@ class Process:
                 os.rmdir(os.path.dirname(self.path))
 
 
-def _listens(path: str) -> bool:
-    """Whether somebody listens at a socket path, told by the kernel without becoming the monitor's client."""
+def _answers(path: str) -> bool:
+    if not os.path.exists(path):
+        return False
     try:
-        with open("/proc/net/unix", encoding="utf-8", errors="replace") as lines:
-            wanted = os.path.basename(path)
-            if not any(line.rstrip().endswith(wanted) and line.split()[3] == "00010000" for line in lines):
-                return False
-        return os.path.exists(path)
-    except OSError:
-        return os.path.exists(path)
+        with Monitor(path, 1):
+            return True
+    except VmstateError:
+        return False
 
 
 def _refuse_taken(path: str) -> None:

@@ -5,10 +5,8 @@ import socket
 from typing import Any
 
 from .errors import CannotDo, Damaged, Misfit, Refused, Unsettled, VmstateError
-from .guest import NAME, Found, Standing, look, prepare, ram_blocks, wait_for
+from .guest import NAME, Found, Standing, announce, look, prepare, ram_blocks, wait_for
 from .monitor import Monitor
-
-ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
 # QEMU's words for a state that does not fit the guest, and what to do about it.
 MISFITS = {
@@ -97,15 +95,12 @@ class Waiting:
     def settle(self, run: bool) -> str:
         """Put back what was found and, with `run`, let the guest run; its run state.  Unsettled where it cannot run."""
         with Monitor(self.path) as monitor:
-            rounds = self.found.parameters.get("announce-rounds", 0)
             self.found.put_back(monitor)
             if not run:
                 return look(monitor).run
             self._cont(monitor)
-            # A guest that was held is silent until it is told to speak; QEMU's own rhythm and parameters.
-            if rounds:
-                had = monitor.ask("query-migrate-parameters")
-                monitor.ask("announce-self", **{name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE})
+            # A guest that was held is silent until it is told to speak.
+            announce(monitor)
             return look(monitor).run
 
     def _cont(self, monitor: Monitor) -> None:

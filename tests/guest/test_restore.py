@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -297,8 +298,6 @@ def test_json(guests: Guests, work: Path, saved: Path) -> None:
 
 
 def test_a_monitor_held_by_another(guests: Guests, work: Path, saved: Path) -> None:
-    import socket
-
     guest = guests.waiting()
     with socket.socket(socket.AF_UNIX) as holder:
         holder.connect(guest.qmp)
@@ -307,3 +306,38 @@ def test_a_monitor_held_by_another(guests: Guests, work: Path, saved: Path) -> N
         assert time.monotonic() - started < 30
     still_waits(guest)
     assert shell("vm-restore b.qmp < s", work).status == 0
+
+
+def announcements(wire: socket.socket, seconds: float) -> int:
+    """How many RARP frames a guest's card sends within a time."""
+    end = time.monotonic() + seconds
+    found = 0
+    while (left := end - time.monotonic()) > 0:
+        wire.settimeout(left)
+        try:
+            found += wire.recv(2048)[12:14] == b"\x80\x35"
+        except TimeoutError:
+            break
+    return found
+
+
+@pytest.mark.parametrize("how", ["vm-restore b.qmp < s", "vm-restore -q --paused b.qmp < s; vm-cont b.qmp"])
+def test_the_guest_announces_itself_once_it_runs(guests: Guests, work: Path, saved: Path, how: str) -> None:
+    """QEMU's five rounds, and none while it is held."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
+        wire.bind(str(work / "b.wire"))
+        guests.waiting()
+        assert shell(how, work).status == 0
+        assert announcements(wire, 2) == 5
+
+
+@pytest.mark.root
+def test_a_guest_started_in_another_network(guests: Guests, work: Path, saved: Path) -> None:
+    """`-- COMMAND` may be one that starts QEMU elsewhere."""
+    args = quoted(Guest(work, "c").args)
+    done = shell(f"vm-restore -- unshare --net {' '.join(args)} < s; vm-status c.qmp", work)
+    try:
+        assert done.status == 0, done.err
+        assert "c.qmp: runs" in done.text
+    finally:
+        shell("pkill -9 -f 'c[.]qmp'", work)

@@ -42,14 +42,14 @@ demo: env
 	@tests/demo
 
 check: env lint
-	@$(BIN)/pytest $(TESTS)
+	@$(BIN)/pytest --numprocesses 2 $(TESTS)
 
 test:
-	@$(BIN)/pytest $(TESTS)
+	@$(BIN)/pytest --numprocesses 2 $(TESTS)
 
 check-qemu10: env
 	@tests/qemu10 $(CACHE)/qemu10
-	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(BIN)/pytest tests/guest
+	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(BIN)/pytest --numprocesses 2 tests/guest
 
 lint:
 	@$(BIN)/ruff check

@@ -1,0 +1,147 @@
+"""What is published: ratios, as JSON, as a table and as bars.  Absolute times go to a folder that git ignores."""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from measure import Row
+
+UNITS = {"s": (1.0, "s"), "B": (1 / (1 << 20), "MiB")}
+
+
+def amount(values: list[float], unit: str) -> str:
+    import statistics
+
+    factor, name = UNITS[unit]
+    return f"{statistics.median(values) * factor:.3f} {name}" if unit == "s" else f"{min(values) * factor:.1f} {name}"
+
+
+def verdict(row: Row) -> str:
+    return {True: "met", False: "MISSED", None: ""}[row.met]
+
+
+def target(row: Row) -> str:
+    return "" if row.target is None else f"{row.target:g}"
+
+
+def line(row: Row) -> str:
+    """For the screen, with absolute figures."""
+    who = f"{row.ours_name} : {row.theirs_name}"
+    figures = f"{amount(row.ours, row.unit):>11} {amount(row.theirs, row.unit):>11}"
+    ratios = f"{row.ratio:6.2f} {row.best:6.2f} {target(row):>5} {verdict(row)}"
+    return f"{row.case:9}{who:44.44} {row.what:46.46} {figures} {ratios}"
+
+
+def headline() -> str:
+    return f"{'':9}{'ours : theirs':44} {'what':46} {'ours':>11} {'theirs':>11} {'ratio':>6} {'best':>6} {'least':>5}"
+
+
+def record(row: Row) -> dict[str, Any]:
+    kinds = {"100 ms": "limit", "256 MiB": "limit"}
+    kind = kinds.get(row.theirs_name, {"s": "time", "B": "size"}[row.unit])
+    values = {"case": row.case, "ours": row.ours_name, "theirs": row.theirs_name, "what": row.what, "kind": kind}
+    ratios = {"ratio": round(row.ratio, 3), "best": round(row.best, 3), "rounds": len(row.ours)}
+    return {**values, **ratios, "target": row.target, "met": row.met}
+
+
+def write(rows: list[Row], about: dict[str, Any], folder: Path, times: Path) -> None:
+    for place in (folder, times):
+        place.mkdir(parents=True, exist_ok=True)
+    records = [record(row) for row in rows]
+    save(folder / "results.json", json.dumps({"version": 1, **about, "rows": records}, indent=1) + "\n")
+    save(folder / "results.md", table(rows, about))
+    absolute = [
+        {**entry, "ours_took": row.ours, "theirs_took": row.theirs} for entry, row in zip(records, rows, strict=True)
+    ]
+    save(times / "times.json", json.dumps(absolute, indent=1) + "\n")
+    save(folder / "speed.svg", bars("How many times as fast", [r for r in rows if r.unit == "s" and r.case != "start"]))
+    limits = [r for r in rows if record(r)["kind"] == "limit"]
+    save(folder / "limits.svg", bars("How often it fits into its limit", limits))
+
+
+def save(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def table(rows: list[Row], about: dict[str, Any]) -> str:
+    lines = [
+        "# What `make bench` found",
+        "",
+        f"{about['cores']} cores, guest accelerated by {about['accel']}; "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + f"; medians of {about['rounds']} rounds or more, taken in turn.",
+        "",
+        "A ratio is theirs / ours in time or size, or a limit / ours: above 1 ours is better. `best` is the same of",
+        "the best rounds. The target is the least ratio wanted.",
+        "",
+        "| | ours | against | what | ratio | best | target | |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        words = (row.case, f"`{row.ours_name}`".replace("|", "\\|"), f"`{row.theirs_name}`", row.what)
+        figures = (f"{row.ratio:.2f}", f"{row.best:.2f}", target(row), verdict(row))
+        lines.append(f"| {' | '.join((*words, *figures))} |")
+    return "\n".join(lines) + "\n"
+
+
+STYLE = """
+  text { font: 13px sans-serif; fill: #24292f }
+  .bar { fill: #2f7d4f } .loss { fill: #b35900 } .axis { stroke: #8c959f } .target { stroke: #24292f; stroke-width: 2 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3 } .bar { fill: #56b37f } .loss { fill: #e08a3c } .target { stroke: #e6edf3 }
+  }
+"""
+LEFT, WIDE, HIGH, TOP = 560, 330, 24, 62
+
+
+def bars(title: str, rows: list[Row]) -> str:
+    """One bar a row from 1, right where ours is better; the tick is the target.  The scale is logarithmic."""
+    ratios = [row.ratio for row in rows] or [1.0]
+    low = min(0.5, *ratios, *(row.target or 1 for row in rows), 1) / 1.1
+    high = max(2.0, *ratios, *(row.target or 1 for row in rows), 1) * 1.1
+
+    def at(ratio: float) -> float:
+        return LEFT + WIDE * (math.log(max(ratio, 1e-6)) - math.log(low)) / (math.log(high) - math.log(low))
+
+    height = TOP + HIGH * len(rows) + 12
+    marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= mark <= high]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDE + 70} {height}" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+        f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>',
+    ]
+    for mark in marks:
+        parts.append(f'<text x="{at(mark):.0f}" y="46" text-anchor="middle">{mark:g}</text>')
+        ink = 0.9 if mark == 1 else 0.3
+        parts.append(
+            f'<line class="axis" x1="{at(mark):.0f}" x2="{at(mark):.0f}" y1="52" y2="{height - 8}" opacity="{ink}"/>'
+        )
+    for number, row in enumerate(rows):
+        parts += bar(row, TOP + HIGH * number, at)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def bar(row: Row, top: int, at: Any) -> list[str]:
+    left, right = sorted((at(1.0), at(row.ratio)))
+    kind = "bar" if row.ratio >= 1 else "loss"
+    words = f"{row.ours_name} : {row.theirs_name}"
+    what = row.what if row.case != "memory" else ""
+    parts = [
+        f'<text x="8" y="{top + 14}">{escape(words)}</text>',
+        f'<text x="300" y="{top + 14}" opacity="0.75">{escape(shorter(what))}</text>',
+        f'<rect class="{kind}" x="{left:.1f}" y="{top + 2}" width="{max(1.0, right - left):.1f}" height="{HIGH - 8}"/>',
+        f'<text x="{max(right, at(row.target or 0.001)) + 6:.1f}" y="{top + 14}">{row.ratio:.2f}</text>',
+    ]
+    if row.target:
+        x = at(row.target)
+        parts.append(f'<line class="target" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 1}" y2="{top + HIGH - 3}"/>')
+    return parts
+
+
+def shorter(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

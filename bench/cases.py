@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lab import Events, Lab, judge_state, load, migrate, outcome
-from measure import SINK, Row, interleave, peak, pipeline, same
+from measure import SINK, Row, busy, interleave, peak, pipeline, same
 from vm import Guest
 
 RECIPIENT = "bench@example.org"
@@ -22,54 +22,61 @@ LIMIT_START = 0.1
 LIMIT_MEMORY = 256 << 20
 COMMANDS = sorted(path.name for path in Path(__file__).resolve().parent.parent.joinpath("bin").glob("vm-*"))
 CAT = "cat > /dev/null"
+# QEMU's pipe has 64 KiB; its reader can make it larger.
+WIDEN = "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, 1 << 20); os.execvp('cat', ['cat'])"
+WIDE_CAT = f'{sys.executable} -c "{WIDEN}" > /dev/null'
+NARROW, WIDE = "exec:cat", "exec:cat, 1 MiB pipe"
 
 
 def dump(lab: Lab) -> Iterator[Row]:
     """A guest that stands, into `cat > /dev/null`."""
-    seconds: dict[str, list[float]] = {"vm-dump": [], "exec:cat": []}
+    for kind, inside_wanted, whole_wanted in (("linux", 1.3, None), ("metal", None, 1.0)):
+        guest, size = lab.guest(kind), lab.size(kind)
+        inside, whole = _dumps(lab, guest, lab.rounds * 2)
+        for peer in (NARROW, WIDE):
+            # QEMU's own clock for both, from `migrate` to the word of whoever takes the state that it has all of it.
+            what, wanted = f"from migrate to the end of data, {size}", inside_wanted if peer == NARROW else None
+            yield Row("dump", "vm-dump", peer, what, "s", inside["vm-dump"], inside[peer], wanted)
+            what, wanted = f"whole command with Python's start, {size}", whole_wanted if peer == NARROW else None
+            yield Row("dump", "vm-dump", peer, what, "s", whole["vm-dump"], whole[peer], wanted)
+        if kind == "linux":
+            yield from _same_states(lab, guest)
+            with busy():
+                inside, _ = _dumps(lab, guest, lab.rounds)
+            for peer in (NARROW, WIDE):
+                what = "the first, while another process keeps a core busy"
+                yield Row("dump", "vm-dump", peer, what, "s", inside["vm-dump"], inside[peer])
+
+
+Times = dict[str, list[float]]
+
+
+def _dumps(lab: Lab, guest: Guest, rounds: int) -> tuple[Times, Times]:
+    """Seconds by QEMU's clock and those of the whole command, of our way and of QEMU's two."""
+    inside: Times = {}
     sent: dict[str, int] = {}
-    linux = lab.guest("linux")
 
-    def ours(guest: Guest) -> float:
+    def measured(name: str, work: Callable[[], float]) -> float:
         lab.stand(guest)
-        taken = pipeline(["vm-dump", "-q", guest.qmp], SINK)
-        note("vm-dump", guest)
-        return taken
-
-    def theirs(guest: Guest) -> float:
-        lab.stand(guest)
-        taken = migrate(guest, CAT)
-        note("exec:cat", guest)
-        return taken
-
-    def note(name: str, guest: Guest) -> None:
+        seconds = work()
         guest.wait_status("postmigrate")
         info = outcome(guest)
-        seconds[name].append(info["total-time"] / 1000)
+        inside.setdefault(name, []).append(info["total-time"] / 1000)
         sent[name] = info["ram"]["transferred"]
+        return seconds
 
-    def compare(guest: Guest) -> dict[str, list[float]]:
-        interleave(1, {"ours": lambda: ours(guest), "theirs": lambda: theirs(guest)})
-        for times in seconds.values():
-            times.clear()
-        whole = interleave(lab.rounds * 2, {"ours": lambda: ours(guest), "theirs": lambda: theirs(guest)})
-        if abs(sent["vm-dump"] - sent["exec:cat"]) > sent["exec:cat"] // 50:
-            raise RuntimeError(f"not the same work: {sent}")
-        return whole
-
-    whole = compare(linux)
-    # QEMU's own clock for both, from `migrate` to the word of whoever takes the state that it has all of it.
-    inside = {name: list(times) for name, times in seconds.items()}
-    what = f"from migrate to the end of data, {lab.size('linux')}"
-    yield Row("dump", "vm-dump", "exec:cat", what, "s", inside["vm-dump"], inside["exec:cat"], 1.3)
-    what = f"whole command with Python's start, {lab.size('linux')}"
-    yield Row("dump", "vm-dump", "exec:cat", what, "s", whole["ours"], whole["theirs"])
-    yield from _same_states(lab, linux)
-    whole = compare(lab.guest("metal"))
-    what = f"whole command with Python's start, {lab.size('metal')}"
-    yield Row("dump", "vm-dump", "exec:cat", what, "s", whole["ours"], whole["theirs"], 1.0)
-    what = f"from migrate to the end of data, {lab.size('metal')}"
-    yield Row("dump", "vm-dump", "exec:cat", what, "s", seconds["vm-dump"], seconds["exec:cat"])
+    ways = {
+        "vm-dump": lambda: pipeline(["vm-dump", "-q", guest.qmp], SINK),
+        NARROW: lambda: migrate(guest, CAT),
+        WIDE: lambda: migrate(guest, WIDE_CAT),
+    }
+    runners = {name: lambda name=name, way=way: measured(name, way) for name, way in ways.items()}
+    interleave(1, runners)
+    inside.clear()
+    whole = interleave(rounds, runners)
+    if max(sent.values()) - min(sent.values()) > max(sent.values()) // 50:
+        raise RuntimeError(f"not the same work: {sent}")
+    return inside, whole
 
 
 def _same_states(lab: Lab, guest: Guest) -> Iterator[Row]:

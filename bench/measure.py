@@ -133,6 +133,16 @@ def peak(*commands: list[str], watched: int = 0, source: Path | None = None, sin
     return sum(marks.values())
 
 
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """While this lasts, another process uses all of the processor that it gets."""
+    process = subprocess.Popen(["timeout", "300", "sh", "-c", "while :; do :; done"], start_new_session=True)
+    try:
+        yield
+    finally:
+        end(process)
+
+
 def family(pid: int) -> list[int]:
     """A process and all below it."""
     found = [pid]

@@ -73,7 +73,8 @@ def table(rows: list[Row], about: dict[str, Any]) -> str:
         "",
         f"{about['cores']} cores, guest accelerated by {about['accel']}; "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        + f"; medians of {about['rounds']} rounds or more, taken in turn.",
+        + f"; medians of {about['rounds']} rounds or more, taken in turn; load before and after: "
+        + f"{about['load'][0]} and {about['load'][1]}.",
         "",
         "A ratio is theirs / ours in time or size, or a limit / ours: above 1 ours is better. `best` is the same of",
         "the best rounds. The target is the least ratio wanted.",

@@ -32,6 +32,7 @@ def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
     A pure filter (not `owns_guest`) dies of SIGPIPE as gzip does.
     """
     name = os.path.basename(sys.argv[0])
+    _need_standard_error()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN if owns_guest else signal.SIG_DFL)
     for number in PUT_BACK:
         # Who was started with a signal ignored (nohup) keeps it so.
@@ -81,6 +82,15 @@ def _parse(name: str, usage: str) -> Options:
         raise WrongUsage(said, *(line.strip() for line in error.usage.split("\n")[1:]), f"{name} --help") from error
 
 
+def _need_standard_error() -> None:
+    """Closed (2>&-), its number would go to the next file that is opened, and get our words."""
+    if sys.stderr is None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        if null != 2:
+            os.dup2(null, 2)
+        sys.stderr = open(2, "w", closefd=False)
+
+
 def _own_words() -> list[str]:
     """The words of the command line that are ours: those before `--`."""
     words = sys.argv[1:]
@@ -103,9 +113,14 @@ def _unknown(usage: str) -> str:
 
 def _stop(number: int, _frame: object) -> None:
     # A second signal must not interrupt the putting back.
-    for other in PUT_BACK:
-        signal.signal(other, signal.SIG_IGN)
+    no_more_signals()
     raise Stopped(number)
+
+
+def no_more_signals() -> None:
+    """From here on a signal comes too late, or would keep something from being put back."""
+    for number in PUT_BACK:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _die_of(number: int) -> NoReturn:

@@ -8,12 +8,16 @@ Source of the format: migration/savevm.c (qemu_savevm_state_complete_precopy), m
 """
 
 import json
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 from . import layout
 from .errors import Damaged
 from .octets import HOLD
+
+# What values of a wrong kind or size lead to, in a description that was damaged or forged
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def find_end(data: bytes) -> End | None:
     try:
         devices = json.loads(data[start:])["devices"]
         expected = [(str(device["name"]), int(device["instance_id"]), _size(device), device) for device in devices]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return _match(data, mark, start, expected)
+    except UNREADABLE as error:
         raise Damaged(f"the description at the end cannot be read: {error}") from error
-    return _match(data, mark, start, expected)
 
 
 def judge_end(data: bytes) -> End:

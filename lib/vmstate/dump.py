@@ -4,15 +4,14 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 """
 
 import errno
-import signal
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from . import guest
-from .command import PUT_BACK
+from .command import no_more_signals
 from .description import End
-from .errors import CannotDo, Stopped, Unsettled, VmstateError
+from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
 from .guard import Guard
 from .octets import Output, channel
 from .progress import Progress, Sample
@@ -42,11 +41,15 @@ class Dump:
         self._report = report
         self._mode = mode
         self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
-        self._guard = self._make_guard()
         self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime)
-        self._ours, self._theirs = channel()
-        self._outgoing = Outgoing(self._ours, self._sink.fd)
         self._started = time.monotonic()
+        try:
+            self._guard = self._make_guard()
+            self._ours, self._theirs = channel()
+            self._outgoing = Outgoing(self._ours, self._sink.fd, self._stands)
+        except BaseException:
+            self._let_go_of_the_sink()
+            raise
 
     def run(self) -> dict[str, Any]:
         """Send, prove, give away; the outcome as values.  Whatever goes wrong, the guest is put back first."""
@@ -54,8 +57,7 @@ class Dump:
             end = self._send()
             self._prove()
             # From here on there is nothing to put back: a signal comes too late.
-            for number in PUT_BACK:
-                signal.signal(number, signal.SIG_IGN)
+            no_more_signals()
             self._outgoing.answer(0)
         except BaseException as error:
             raise self._put_back(error) from error
@@ -96,22 +98,37 @@ class Dump:
 
     def _put_back(self, error: BaseException) -> BaseException:
         """Undo all; the error to raise, with what has become of the guest."""
+        no_more_signals()
         self._ours.close()
         self._theirs.close()
+        self._let_go_of_the_sink()
+        standing, trouble = None, None
+        try:
+            standing = self._sending.take_back() if self._sending.begun else None
+        except VmstateError as found:
+            trouble = found
+        if self._guard:
+            # Where we did not get the guest to run on, the guard goes on trying.
+            self._guard.leave() if trouble else self._guard.done()
+        if trouble and not isinstance(trouble, GuestGone):
+            words = f"{error}; and the guest could not be put back: {trouble}"
+            return Unsettled(words, f"vm-status {self._plan.path}")
+        if isinstance(error, Stopped) or not isinstance(error, Exception):
+            return error
+        return self._explain(error, standing)
+
+    def _let_go_of_the_sink(self) -> None:
         if isinstance(self._sink, Output):
             self._sink.abandon()
         else:
             self._sink.end()
+
+    def _stands(self) -> bool:
+        """Whether the guest stands, as it does at the end of its state; where nobody answers, it is taken to."""
         try:
-            standing = self._sending.take_back() if self._sending.begun else None
-        except VmstateError as trouble:
-            self._report.warning(f"{trouble}")
-            standing = None
-        if self._guard:
-            self._guard.done()
-        if isinstance(error, Stopped) or not isinstance(error, Exception):
-            return error
-        return self._explain(error, standing)
+            return guest.glance(self._plan.path).run not in ("running", "suspended")
+        except VmstateError:
+            return True
 
     def _explain(self, error: Exception, standing: guest.Standing | None) -> Exception:
         text = str(error)

@@ -25,6 +25,9 @@ OURS = ["-z", "0", "--no-armor", "--no-auto-key-locate"]
 # gpg writes 8 KiB at a time; who waits for each of them wakes up a hundred times as often as needed.
 NAP = 0.0005
 
+# os has it from Python 3.12 on.
+SPLICE_F_NONBLOCK = 2
+
 # gpg's doc/DETAILS, INV_RECP
 NOT_FOUND, UNTRUSTED = "1", "10"
 REASONS = {
@@ -231,6 +234,9 @@ class Gpg(gnupg.GPG):  # type: ignore[misc]
         except (OSError, ValueError) as error:
             raise CannotDo(f"gpg cannot be run: {error}", "it is in the package gnupg") from error
         self._ends = channel()
+        # While the kernel waits for room in a socket it keeps the pipe locked that it takes from: one who both writes
+        # to us and reads from us would stand still.
+        self._ends[0].setblocking(False)
         self.result_map = {**gnupg.GPG.result_map, "crypt": Verdict}
 
     def work(self, task: "Task") -> Verdict:
@@ -270,7 +276,8 @@ class Gpg(gnupg.GPG):  # type: ignore[misc]
         try:
             write_all(ours.fileno(), self._first)
             self.came = len(self._first)
-            while count := _carry(self._source, ours.fileno()):
+            buffer = memoryview(bytearray(BLOCK))
+            while count := _carry(self._source, ours.fileno(), buffer):
                 self.came += count
             self.all_sent = True
             ours.shutdown(socket.SHUT_WR)
@@ -321,17 +328,17 @@ class _Stream:
             self._pipe.close()
 
 
-def _carry(source: int, sink: int) -> int:
+def _carry(source: int, sink: int, buffer: memoryview) -> int:
     """Some bytes to a socket, past our own memory where the kernel can; 0 at the end of `source`."""
     try:
         if kind(source) == "file":
             return os.sendfile(sink, source, None, BLOCK)
         if kind(source) == "pipe":
-            return os.splice(source, sink, BLOCK)
+            return os.splice(source, sink, BLOCK, flags=SPLICE_F_NONBLOCK)
     except BlockingIOError:
         select.select([source], [], [])
-        return _carry(source, sink)
-    data = memoryview(bytearray(BLOCK))
-    count = FdReader(source).readinto(data)
-    write_all(sink, data[:count])
+        select.select([], [sink], [])
+        return _carry(source, sink, buffer)
+    count = FdReader(source).readinto(buffer)
+    write_all(sink, buffer[:count])
     return count

@@ -63,8 +63,11 @@ class Unsettled(VmstateError):
     status = 5
 
 
-class Stopped(BaseException):
-    """Signal `number` arrived: put the guest back, then die of it. Not an Exception, so that nothing swallows it."""
+class Stopped(KeyboardInterrupt):
+    """Signal `number` arrived: put the guest back, then die of it.
+
+    A KeyboardInterrupt, since asyncio swallows every other thing that is raised while it runs a callback.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -40,6 +40,10 @@ class Guard:
         """The sink has every byte: its input may end."""
         os.write(self._ours, LET_GO)
 
+    def leave(self) -> None:
+        """Something is left to put back that we could not."""
+        os.close(self._ours)
+
     def done(self) -> None:
         """Nothing is left to put back."""
         with contextlib.suppress(OSError):
@@ -92,4 +96,4 @@ def _run_on(path: str) -> None:
     with contextlib.suppress(Exception):
         standing = guest.wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
         if not standing.given_away:
-            guest.cont(path)
+            guest.patiently(path, guest.cont_in)

@@ -9,15 +9,17 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
 from .monitor import PATIENCE, Monitor
 
+T = TypeVar("T")
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
 # QEMU's own rhythm, in ms
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+LEFT_OVER = ("return-path", "late-block-activate")
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
 # migration.json, MigrationStatus: those in which QEMU is not done
@@ -97,6 +99,20 @@ def wait_for(path: str, done: Callable[[Standing], bool], seconds: float, what: 
         pause = min(0.1, pause * 1.5)
 
 
+def patiently(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
+    """What `do` gives in a conversation of its own; while another client holds the monitor, it is tried again."""
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            with Monitor(path) as monitor:
+                return do(monitor)
+        except (GuestGone, Refused, Unsettled):
+            raise
+        except CannotDo:
+            if time.monotonic() > give_up:
+                raise
+
+
 def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], found: Found) -> None:
     """Set every capability that this QEMU knows, those of `on` to on, and `parameters` as far as it knows them.
 
@@ -105,14 +121,17 @@ def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], f
     capabilities = monitor.ask("query-migrate-capabilities")
     had = monitor.ask("query-migrate-parameters")
     wanted = [{"capability": c["capability"], "state": c["capability"] in on} for c in capabilities]
+    # Nobody else switches these on for long: they are left over from a command of ours that was killed.
+    back = [{**c, "state": c["state"] and c["capability"] not in LEFT_OVER} for c in capabilities]
     # A name of credentials or another mode would turn our descriptor into something else.
     for name, value in (("tls-creds", ""), ("mode", "normal")):
         if had.get(name, value) != value:
             parameters[name] = value
     changed = {name: value for name, value in parameters.items() if name in had and had[name] != value}
     found.parameters = {name: had[name] for name in changed}
+    if wanted != back:
+        found.capabilities = back
     if wanted != capabilities:
-        found.capabilities = capabilities
         _set_capabilities(monitor, capabilities, wanted)
     if changed:
         monitor.ask("migrate-set-parameters", **changed)
@@ -151,19 +170,24 @@ def cont(path: str) -> Standing:
             raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
         if standing.moving:
             raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
-        moved = standing.migration == "completed" and standing.run in ("paused", "postmigrate")
-        standing = _cont(monitor)
-        # It was loaded and held, or comes back: the network may know it elsewhere.
-        if moved:
-            announce(monitor)
-        return standing
+        return cont_in(monitor)
+
+
+def cont_in(monitor: Monitor) -> Standing:
+    before = look(monitor)
+    after = _cont(monitor)
+    # It was loaded and held, or comes back: the network may know it elsewhere.
+    if before.migration == "completed" and before.run in ("paused", "postmigrate"):
+        announce(monitor)
+    return after
 
 
 def announce(monitor: Monitor) -> None:
     """Have the guest's cards speak up, in the rhythm of its parameters."""
     had = monitor.ask("query-migrate-parameters")
-    if had.get("announce-rounds", 5):
-        monitor.ask("announce-self", **{name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE})
+    values = {name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE}
+    # No rounds: left over from a restore that was killed.
+    monitor.ask("announce-self", **{**values, "rounds": values["rounds"] or ANNOUNCE["rounds"]})
 
 
 def _cont(monitor: Monitor) -> Standing:
@@ -224,6 +248,7 @@ class Sending:
         self._rate = rate
         self._downtime = downtime
         self.found = Found()
+        self._stopped = False
         self.begun = False
 
     def start(self, fd: int, *, stopped: bool, watch: Callable[[], None]) -> None:
@@ -239,6 +264,7 @@ class Sending:
                 prepare(monitor, ("return-path",), self._parameters(monitor), self.found)
                 if stopped and self.found.ran:
                     watch()
+                    self._stopped = True
                     monitor.ask("stop")
                 monitor.give(NAME, fd)
                 monitor.ask("migrate", uri=f"fd:{NAME}")
@@ -259,24 +285,30 @@ class Sending:
         """After the given-away word: wait for QEMU's `completed` and put back what was found."""
         standing = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
         if standing.migration != "completed":
+            self.take_back()
             said = f"'{standing.migration}': {standing.reason or 'no reason given'}"
             raise CannotDo(f"QEMU ended the migration as {said}")
-        with Monitor(self.path) as monitor:
-            self.found.put_back(monitor)
+        with contextlib.suppress(Refused):
+            patiently(self.path, self.found.put_back)
         return standing
 
     def take_back(self) -> Standing:
         """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
-        standing = wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
-        with Monitor(self.path) as monitor:
-            with contextlib.suppress(Refused):
-                # Not there any more, where QEMU got as far as using it.
-                monitor.ask("closefd", fdname=NAME)
+        wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
+        return patiently(self.path, self._take_back)
+
+    def _take_back(self, monitor: Monitor) -> Standing:
+        standing = look(monitor)
+        if standing.moving or standing.given_away:
+            words = f"another migration of the guest at {self.path} has begun meanwhile ({standing.migration})"
+            raise Unsettled(words, f"vm-status {self.path}")
+        with contextlib.suppress(Refused):
+            # Not there any more, where QEMU got as far as using it.
+            monitor.ask("closefd", fdname=NAME)
+        with contextlib.suppress(Refused):
             self.found.put_back(monitor)
-            standing = look(monitor)
-            if self.found.ran and standing.run in ("paused", "postmigrate"):
-                standing = _cont(monitor)
-        return standing
+        ours = standing.run == "postmigrate" or (standing.run == "paused" and self._stopped)
+        return _cont(monitor) if self.found.ran and ours else look(monitor)
 
 
 def _explained(error: Refused, path: str) -> CannotDo:
@@ -294,7 +326,11 @@ def finish(path: str, after: str) -> str:
             text = f"the state is whole, but the guest at {path} does not run on: {error}"
             raise Unsettled(text, f"vm-cont {path}") from error
     if after == "quit":
-        with Monitor(path) as monitor, contextlib.suppress(GuestGone):
-            monitor.ask("quit")
+        try:
+            with contextlib.suppress(GuestGone):
+                patiently(path, lambda monitor: monitor.ask("quit"))
+        except VmstateError as error:
+            text = f"the state is whole, but the guest at {path} was not ended: {error}"
+            raise Unsettled(text, f"vm-status {path}") from error
         return "gone"
     return "paused"

@@ -24,8 +24,9 @@ PATIENCE = 4.75
 # An answer comes at once, or QEMU stands still (a page fault, a dead disk).
 ANSWER = 60.0
 
-logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
-logging.getLogger("qemu.qmp").propagate = False
+for _name in ("qemu.qmp", "asyncio"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+    logging.getLogger(_name).propagate = False
 
 
 class Monitor:
@@ -71,7 +72,10 @@ class Monitor:
 
     def give(self, name: str, fd: int) -> None:
         """Hand a descriptor to QEMU, which keeps it as `name` until it is used."""
-        self._client.send_fd_scm(fd)
+        try:
+            self._client.send_fd_scm(fd)
+        except OSError as error:
+            raise GuestGone(f"the guest at {self._path} went away") from error
         self.ask("getfd", fdname=name)
 
     def pid(self) -> int:
@@ -104,10 +108,12 @@ class Monitor:
 
     def _leave(self) -> None:
         # Whatever was to be learnt has been answered; an end that goes wrong changes nothing.
-        with contextlib.suppress(Exception):
-            self._wait(self._client.disconnect(), 2)
-        self._socket.close()
-        self._loop.close()
+        try:
+            with contextlib.suppress(Exception):
+                self._wait(self._client.disconnect(), 2)
+        finally:
+            self._socket.close()
+            self._loop.close()
 
 
 def _new_socket() -> socket.socket:

@@ -12,6 +12,7 @@ import select
 import socket
 import stat
 import struct
+import tempfile
 import termios
 from collections.abc import Iterator
 from typing import Protocol
@@ -74,7 +75,13 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
             # A descriptor shared with a shell or ssh may have been made non-blocking by the other side.
-            select.select([], [fd], [])
+            _wait(fd, select.POLLOUT)
+
+
+def _wait(fd: int, event: int) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    poll.poll()
 
 
 class Reader(Protocol):
@@ -94,7 +101,7 @@ class FdReader:
             try:
                 return os.readv(self.fd, [view])
             except BlockingIOError:
-                select.select([self.fd], [], [])
+                _wait(self.fd, select.POLLIN)
 
 
 class Pushback:
@@ -217,11 +224,10 @@ class Output:
             self.fd = os.open(path, os.O_WRONLY)
             return
         self._path = os.path.realpath(path)
-        self._temporary = f"{self._path}.{os.getpid()}.part"
+        folder, name = os.path.split(self._path)
         try:
-            self.fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.fd, self._temporary = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
         except OSError as error:
-            self._temporary = None
             raise CannotDo(f"cannot create {path}: {error.strerror}") from error
 
     def refuse_as_input(self, fd: int) -> None:

@@ -38,7 +38,8 @@ class Progress:
         self._terminal = terminal
         self._started = time.monotonic()
         self._over = threading.Event()
-        self._asked = threading.Event()
+        # A plain flag: an Event has a lock, which a second signal could find taken by the first.
+        self._asked = False
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> "Progress":
@@ -49,20 +50,18 @@ class Progress:
 
     def __exit__(self, *_exc: object) -> None:
         self._over.set()
-        self._asked.set()
         self._thread.join(10)
         if self._bar is not None:
             self._bar.close()
 
     def _ask(self, _number: int, _frame: object) -> None:
-        self._asked.set()
+        self._asked = True
 
     def _work(self) -> None:
         while not self._over.is_set():
-            asked = self._asked.wait(PERIOD if self._shown else None)
-            self._asked.clear()
-            if self._over.is_set():
+            if self._over.wait(PERIOD):
                 return
+            asked, self._asked = self._asked, False
             lasted = time.monotonic() - self._started
             if asked or (self._shown and (lasted > LASTS or not self._terminal)):
                 self._show(asked, lasted)

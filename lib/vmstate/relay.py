@@ -8,11 +8,12 @@ To QEMU (`Incoming`): nothing of the last `HOLD` bytes is let go before the inpu
 import contextlib
 import select
 import socket
+from collections.abc import Callable
 
 from . import layout
 from .description import End, find_end, judge_end
 from .errors import CannotDo, Damaged
-from .head import Head, MoreNeeded, parse
+from .head import ENOUGH, Head, MoreNeeded, parse
 from .octets import BLOCK, HOLD, FdReader, Reader, Ring, enlarge, read_up_to
 
 # Nearly every description is smaller; the whole ring is looked at only where this much does not do.
@@ -38,15 +39,18 @@ def read_head(source: Reader) -> tuple[Head, bytes]:
         except MoreNeeded:
             if not more:
                 raise Damaged(f"truncated at offset {len(data)}, in the head of the state") from None
+            if len(data) > ENOUGH:
+                raise Damaged(f"no end of the state's head in its first {len(data)} bytes") from None
         step = min(step * 2, BLOCK)
 
 
 class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left."""
 
-    def __init__(self, qemu: socket.socket, sink: int) -> None:
+    def __init__(self, qemu: socket.socket, sink: int, stands: Callable[[], bool] = lambda: True) -> None:
         self._qemu = qemu
         self._sink = sink
+        self._stands = stands
         self._ring = Ring(HOLD + BLOCK)
         self.head: Head | None = None
 
@@ -62,13 +66,17 @@ class Outgoing:
         self._begin()
         while True:
             self._ring.drain(self._sink)
-            if end := self._ended():
+            # A guest that runs could have put an end into its memory.
+            if (end := self._ended()) and self._stands():
                 return end
             self._receive()
 
     def answer(self, status: int) -> None:
         """Tell the waiting QEMU how the far end fared (0: it has the whole state).  The point of no return."""
-        self._qemu.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, status))
+        try:
+            self._qemu.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, status))
+        except OSError as error:
+            raise CannotDo("QEMU gave up when it had sent everything") from error
 
     def _begin(self) -> None:
         try:
@@ -102,7 +110,9 @@ class Outgoing:
             raise CannotDo(f"QEMU's stream does not end as it should: {error}") from error
 
     def _more_within(self, seconds: float) -> bool:
-        return bool(select.select([self._qemu], [], [], seconds)[0])
+        poll = select.poll()
+        poll.register(self._qemu, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
 
 def without_return_path(head: Head, data: bytes) -> bytes:
@@ -169,7 +179,10 @@ class Incoming:
         # Once over, its descriptor may be closed, and its number be another's.
         if self._over:
             return 0
-        count = self._source.readinto(self._ring.space())
+        try:
+            count = self._source.readinto(self._ring.space())
+        except OSError as error:
+            raise Damaged(f"the input broke off at offset {self._ring.came}: {error.strerror}") from error
         self._ring.filled(count)
         self._over = not count
         return count

@@ -48,10 +48,10 @@ class Report:
         if self.as_json:
             self.record("progress", sys.stderr, **values)
         else:
-            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+            _print(f"{self.name}: {text}", sys.stderr)
 
     def record(self, kind: str, stream: TextIO, **values: Any) -> None:
-        print(json.dumps({"vmstate": 1, "type": kind, "command": self.name, **values}), file=stream, flush=True)
+        _print(json.dumps({"vmstate": 1, "type": kind, "command": self.name, **values}), stream)
 
     def _say(self, kind: str, text: str) -> None:
         if self.as_json:
@@ -60,7 +60,16 @@ class Report:
             self._line(kind, text)
 
     def _line(self, kind: str, text: str) -> None:
-        print(f"{self.name}: {kind}: {text}", file=sys.stderr, flush=True)
+        _print(f"{self.name}: {kind}: {text}", sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        # Words that nobody can read any more do not change what has become of a guest.
+        if stream is not sys.stderr:
+            raise
 
 
 def size_words(count: float) -> str:

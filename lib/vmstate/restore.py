@@ -4,13 +4,12 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 """
 
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import compression
-from .command import PUT_BACK
+from .command import no_more_signals
 from .description import End, judge_end
 from .errors import Damaged, GuestGone, Refused, Stopped, VmstateError
 from .head import Head
@@ -75,11 +74,10 @@ class Restore:
             path = self._find_guest(head)
             waiting = self._waiting = Waiting(path)
             end = self._load(waiting, ahead, source)
+            # Loaded and proven: what is left takes no time, and half of it would help nobody.
+            no_more_signals()
         except BaseException as error:
             raise self._put_back(error) from error
-        # Loaded and proven: what is left takes no time, and half of it would help nobody.
-        for number in PUT_BACK:
-            signal.signal(number, signal.SIG_IGN)
         return self._settle(waiting, head, end)
 
     def _open(self) -> tuple[Head, bytes, Reader]:
@@ -173,6 +171,7 @@ class Restore:
         return lambda: Sample(self._incoming.came, self._size) if self._incoming else None
 
     def _put_back(self, error: BaseException) -> BaseException:
+        no_more_signals()
         self._ours.close()
         self._theirs.close()
         if self._stage:
@@ -187,10 +186,18 @@ class Restore:
             error.hints = (*error.hints, self._waiting.fate())
         return error
 
+    def _nics(self, waiting: Waiting) -> list[Nic]:
+        """The cards; the guest runs already, and what cannot be learnt now does not change that."""
+        try:
+            return from_info_network(*waiting.nic_facts())
+        except (VmstateError, OSError) as error:
+            self._report.warning(f"the guest runs, but its network cards are not known: {error}")
+            return []
+
     def _settle(self, waiting: Waiting, head: Head, end: End) -> Outcome:
         run = end.runstate in ("running", "suspended") if self._plan.run is None else self._plan.run
         state = waiting.settle(run)
-        nics = from_info_network(*waiting.nic_facts()) if run else []
+        nics = self._nics(waiting) if run else []
         came = self._incoming.came if self._incoming else 0
         if self._process and self._process.added:
             self._report.hint(f"the guest's monitor is {waiting.path}")

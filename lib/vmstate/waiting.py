@@ -5,7 +5,7 @@ import socket
 from typing import Any
 
 from .errors import CannotDo, Damaged, Misfit, Refused, Unsettled, VmstateError
-from .guest import NAME, Found, Standing, announce, look, prepare, ram_blocks, wait_for
+from .guest import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, wait_for
 from .monitor import Monitor
 
 # QEMU's words for a state that does not fit the guest, and what to do about it.
@@ -70,16 +70,24 @@ class Waiting:
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
             monitor.ask("stop")
-            prepare(monitor, ("late-block-activate",), {"announce-rounds": 0}, self.found)
-            monitor.give(NAME, theirs.fileno())
-            self.begun = True
             try:
-                monitor.ask("migrate-incoming", uri=f"fd:{NAME}", exit_on_error=False)
-            except Refused as error:
-                if "exit-on-error" not in error.text:
-                    raise
-                # Before 9.1 QEMU ends itself on every failure.
-                monitor.ask("migrate-incoming", uri=f"fd:{NAME}")
+                prepare(monitor, ("late-block-activate",), {"announce-rounds": 0}, self.found)
+                monitor.give(NAME, theirs.fileno())
+                self._incoming(monitor)
+            except Refused:
+                self.found.put_back(monitor)
+                raise
+            self.begun = True
+
+    @staticmethod
+    def _incoming(monitor: Monitor) -> None:
+        try:
+            monitor.ask("migrate-incoming", uri=f"fd:{NAME}", exit_on_error=False)
+        except Refused as error:
+            if "exit-on-error" not in error.text:
+                raise
+            # Before 9.1 QEMU ends itself on every failure.
+            monitor.ask("migrate-incoming", uri=f"fd:{NAME}")
 
     def loaded(self) -> None:
         """Wait until QEMU has loaded everything.
@@ -93,15 +101,28 @@ class Waiting:
             raise Refused("migrate-incoming", standing.reason or "no reason given")
 
     def settle(self, run: bool) -> str:
-        """Put back what was found and, with `run`, let the guest run; its run state.  Unsettled where it cannot run."""
-        with Monitor(self.path) as monitor:
+        """Put back what was found and, with `run`, let the guest run; its run state.
+
+        Unsettled where it stands loaded, but does not run.  Once it runs nothing says otherwise any more.
+        """
+        try:
+            return patiently(self.path, lambda monitor: self._settle(monitor, run))
+        except Unsettled:
+            raise
+        except VmstateError as error:
+            text = f"the state is loaded, but the guest at {self.path} could not be let run: {error}"
+            raise Unsettled(text, f"vm-status {self.path}") from error
+
+    def _settle(self, monitor: Monitor, run: bool) -> str:
+        with contextlib.suppress(Refused):
             self.found.put_back(monitor)
-            if not run:
-                return look(monitor).run
-            self._cont(monitor)
+        if not run:
+            return look(monitor).run
+        self._cont(monitor)
+        with contextlib.suppress(VmstateError):
             # A guest that was held is silent until it is told to speak.
             announce(monitor)
-            return look(monitor).run
+        return "running"
 
     def _cont(self, monitor: Monitor) -> None:
         try:

@@ -89,6 +89,16 @@ def test_a_key_that_does_not_exist(guests: Guests, work: Path, gnupg: Path) -> N
     as_it_was(source)
 
 
+def test_after_quit_needs_a_sink_that_is_proven(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    assert shell("mkfifo fifo", work).status == 0
+    for sink in ("| cat", "-o - a.qmp | cat", "-o /dev/null", "-o fifo"):
+        done = shell(f"vm-dump --after quit {sink.replace('| cat', 'a.qmp | cat') if sink == '| cat' else sink}", work)
+        assert done.status == 2, sink
+        assert "could end the only whole copy" in done.err
+    as_it_was(source)
+
+
 def test_a_terminal(guests: Guests, work: Path) -> None:
     source = guests.running()
     done = shell("script -qec 'vm-dump a.qmp' /dev/null", work)
@@ -109,6 +119,6 @@ def test_wrong_usage(guests: Guests, work: Path, wrong: str) -> None:
 
 def test_two_dumps_at_once(guests: Guests, work: Path) -> None:
     source = guests.running()
-    done = shell("vm-dump -q -o s a.qmp & vm-dump -q -o t a.qmp & wait %1; x=$?; wait %2; echo $x $?", work)
+    done = shell("vm-dump -q -o s a.qmp & a=$!; vm-dump -q -o t a.qmp & wait $a; x=$?; wait $!; echo $x $?", work)
     assert sorted(done.text.split()) == ["0", "1"], done.err
     assert source.status() == "postmigrate"

@@ -288,6 +288,48 @@ def test_killed_in_the_middle_the_guest_never_runs(
     assert guest.count() is None
 
 
+@pytest.mark.parametrize("reader", ["| true", "> /dev/full"])
+def test_nobody_takes_the_lines_of_a_guest_that_runs(guests: Guests, work: Path, saved: Path, reader: str) -> None:
+    """A failure now could have the source run on as well."""
+    guest = guests.waiting()
+    done = shell(f"vm-restore b.qmp < s {reader}", work)
+    assert done.status == 0, done.err
+    assert guest.running()
+
+
+def test_killed_when_the_guest_is_loaded_and_held(guests: Guests, work: Path, saved: Path) -> None:
+    guest = guests.waiting()
+    restore = subprocess.Popen(["vm-restore", "b.qmp"], cwd=work, stdin=saved.open("rb"))
+    try:
+        until(lambda: guest.cmd("query-migrate").get("status") in ("active", "completed"), 20, "it loads")
+        restore.kill()
+    finally:
+        restore.kill()
+        restore.wait(10)
+    until(lambda: not guest.alive() or guest.status() in ("paused", "running"), 20, "it has loaded, or ended")
+    if guest.alive() and guest.status() == "paused":
+        assert "is held" in shell("vm-status b.qmp", work).text
+        assert shell("vm-cont b.qmp", work).status == 0
+        assert guest.running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_qemu_that_was_started(guests: Guests, work: Path, saved: Path, number: int) -> None:
+    args = " ".join(quoted(Guest(work, "c").args))
+    script = f"(head -c 60000000 s; sleep 100) | exec vm-restore -- {args}"
+    restore = subprocess.Popen(["bash", "-c", script], cwd=work, start_new_session=True)
+    try:
+        until(lambda: alive(work, "c"), 20, "QEMU runs")
+        time.sleep(1)
+        os.killpg(restore.pid, number)
+        restore.wait(20)
+    finally:
+        if restore.poll() is None:
+            os.killpg(restore.pid, signal.SIGKILL)
+            restore.wait(10)
+    until(lambda: not alive(work, "c"), 20, "QEMU has ended")
+
+
 def test_json(guests: Guests, work: Path, saved: Path) -> None:
     guests.waiting()
     done = shell("vm-restore --json b.qmp < s", work)

@@ -95,6 +95,22 @@ def test_a_forged_description(description: str) -> None:
         judge_end(forged)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"runstate"', b'"nunstate"'), (b'"instance_id": 0', b'"instance_id": -'), (b'"size": 104', b'"size": 1e9')],
+)
+def test_a_damaged_description_is_damage_and_no_bug(old: bytes, new: bytes) -> None:
+    data = state("q35-7.2")
+    at = data.rfind(old)
+    forged = data[:at] + new + data[at + len(old) :]
+    if at >= 0:
+        with pytest.raises(Damaged):
+            judge_end(forged)
+    text = json.dumps({"devices": [{"name": "x" * 300, "instance_id": 1 << 40, "fields": []}]}).encode()
+    with pytest.raises(Damaged):
+        judge_end(bytes(20) + layout.END.pack(0, 6, len(text)) + text)
+
+
 def test_a_large_description() -> None:
     """1.6 MB, as with 200 vCPUs; the length's first two bytes are then not all zero."""
     pad = " " * 1_600_000

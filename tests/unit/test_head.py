@@ -72,6 +72,27 @@ def test_subsections_of_the_configuration() -> None:
         parse(data[:23] + subsection("configuration/new", b"") + data[23:])
 
 
+def test_a_head_without_end_is_refused_soon() -> None:
+    """Names that never stop must not fill the memory."""
+    from vmstate.head import ENOUGH
+    from vmstate.relay import read_head
+
+    class Endless:
+        came = 0
+
+        def readinto(self, view: memoryview) -> int:
+            count = min(len(view), 4096)
+            view[:count] = (start + bytes(count))[:count] if self.came == 0 else bytes(count)
+            self.came += count
+            return count
+
+    start = state("q35-7.2")[:23] + subsection("configuration/capabilities", b"\xff\xff\xff\xff")
+    source = Endless()
+    with pytest.raises(Damaged, match="no end of the state's head"):
+        read_head(source)
+    assert source.came < 8 * ENOUGH
+
+
 def command(number: int, payload: bytes = b"") -> bytes:
     return layout.COMMAND.pack(layout.QEMU_VM_COMMAND, number, len(payload)) + payload
 

@@ -16,7 +16,7 @@ from .guard import Guard
 from .octets import Output, channel
 from .progress import Progress, Sample
 from .relay import Outgoing
-from .report import Report, size_words, time_words
+from .report import Report, size_words
 from .stage import Stage
 
 
@@ -201,6 +201,4 @@ def _words_of_sample(facts: dict[str, Any]) -> str:
     words.append(f"{size_words(facts['dirty_rate'])}/s dirtied")
     if facts["expected_downtime_ms"] is not None:
         words.append(f"downtime {facts['expected_downtime_ms']} ms")
-    if facts["seconds_left"] is not None:
-        words.append(f"{time_words(facts['seconds_left'])} left")
     return ", ".join(words)

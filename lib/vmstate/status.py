@@ -7,6 +7,8 @@ from typing import Any
 from .dump import sample_of
 from .guest import Standing, look
 from .monitor import Monitor
+from .progress import Sample
+from .report import time_words
 
 # QEMU's run state to what it means; the rest depends on the migration.
 MEANING = {
@@ -87,14 +89,18 @@ def _words_of_load(standing: Standing) -> str:
 def _words_of_migration(standing: Standing) -> str:
     if standing.moving and standing.run != "finish-migrate":
         sample = sample_of(standing.info)
-        return f" while its state is being sent ({standing.migration})" + (
-            f": {sample.facts['percent']} %, {sample.words}" if sample else ""
-        )
+        return f" while its state is being sent ({standing.migration})" + (_words_of_sample(sample) if sample else "")
     if standing.migration == "failed":
         return f"; its last migration failed: {standing.reason or 'no reason given'}"
     if standing.migration == "cancelled":
         return "; its last migration was cancelled"
     return ""
+
+
+def _words_of_sample(sample: Sample) -> str:
+    left = sample.facts["seconds_left"]
+    at_most = f", at most {time_words(left)} left" if left is not None else ""
+    return f": {sample.facts['percent']} %, {sample.words}{at_most}"
 
 
 def _next(path: str, standing: Standing) -> tuple[str, ...]:

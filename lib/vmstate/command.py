@@ -111,7 +111,29 @@ def _unknown(usage: str) -> str:
     return ""
 
 
+class _Held:
+    """Whether signals have to wait, and the one that does."""
+
+    held = False
+    waiting: int | None = None
+
+
+def hold_signals() -> None:
+    """From here to `release_signals` a signal waits: what is begun must be known before it can be put back."""
+    _Held.held = True
+
+
+def release_signals() -> None:
+    """Raises Stopped where a signal has been waiting."""
+    _Held.held = False
+    if _Held.waiting is not None:
+        _stop(_Held.waiting, None)
+
+
 def _stop(number: int, _frame: object) -> None:
+    if _Held.held:
+        _Held.waiting = number
+        return
     # A second signal must not interrupt the putting back.
     no_more_signals()
     raise Stopped(number)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import guest
-from .command import no_more_signals
+from .command import hold_signals, no_more_signals, release_signals
 from .description import End
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
 from .guard import Guard
@@ -40,6 +40,8 @@ class Dump:
         self._plan = plan
         self._report = report
         self._mode = mode
+        # Until the guest's state is on its way, so that `run` knows all that there is to undo.
+        hold_signals()
         self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
         self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime)
         self._started = time.monotonic()
@@ -85,6 +87,7 @@ class Dump:
         watch = self._guard.watch if self._guard else lambda: None
         self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch)
         self._theirs.close()
+        release_signals()
         with Progress(self._report, self._mode, self._sample):
             return self._outgoing.run()
 

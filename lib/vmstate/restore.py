@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import compression
-from .command import no_more_signals
+from .command import hold_signals, no_more_signals, release_signals
 from .description import End, judge_end
 from .errors import Damaged, GuestGone, Refused, Stopped, VmstateError
 from .head import Head
@@ -59,6 +59,7 @@ class Restore:
         self._mode = mode
         if plan.command:
             check_arguments(plan.command[1:])
+        hold_signals()
         self._stage = Stage(plan.source, "source") if plan.source else None
         self._fd = self._stage.fd if self._stage else open_input(None)
         self._process: Process | None = None
@@ -70,6 +71,7 @@ class Restore:
     def run(self) -> Outcome:
         """Look, refuse or load, judge, let run.  On failure a QEMU that we started is ended."""
         try:
+            release_signals()
             head, ahead, source = self._open()
             path = self._find_guest(head)
             waiting = self._waiting = Waiting(path)
@@ -107,7 +109,9 @@ class Restore:
 
     def _find_guest(self, head: Head) -> str:
         if self._plan.command:
+            hold_signals()
             self._process = Process(self._plan.command)
+            release_signals()
             self._process.wait_until_it_answers()
             path = self._process.path
         else:
@@ -125,7 +129,9 @@ class Restore:
             with Progress(self._report, self._mode, self._sampler()):
                 short = incoming.prefill()
                 end = self._proven(incoming) if short else None
+                hold_signals()
                 waiting.hold_and_load(self._theirs)
+                release_signals()
                 self._theirs.close()
                 incoming.carry()
                 end = end or self._proven(incoming)

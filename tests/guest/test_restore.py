@@ -229,7 +229,7 @@ def test_starting_the_guest(guests: Guests, work: Path, saved: Path) -> None:
         assert "c.qmp: runs" in done.text
         guest.wait_advance()
     finally:
-        shell("pkill -9 -f 'c[.]qmp'", work)
+        shell(f"pkill -9 -f '{work}/c[.]qmp'", work)
 
 
 def test_starting_the_guest_without_a_monitor_of_its_own(guests: Guests, work: Path, saved: Path) -> None:
@@ -388,4 +388,4 @@ def test_a_guest_started_in_another_network(guests: Guests, work: Path, saved: P
         assert done.status == 0, done.err
         assert "c.qmp: runs" in done.text
     finally:
-        shell("pkill -9 -f 'c[.]qmp'", work)
+        shell(f"pkill -9 -f '{work}/c[.]qmp'", work)

@@ -35,16 +35,16 @@ def dump(lab: Lab) -> Iterator[Row]:
         inside, whole = _dumps(lab, guest, lab.rounds * 2)
         for peer in (NARROW, WIDE):
             # QEMU's own clock for both, from `migrate` to the word of whoever takes the state that it has all of it.
-            what, wanted = f"{size}, from migrate to the end of data", inside_wanted if peer == NARROW else None
+            what, wanted = f"from migrate to the end of data, {size}", inside_wanted if peer == NARROW else None
             yield Row("dump", "vm-dump", peer, what, "s", inside["vm-dump"], inside[peer], wanted)
-            what, wanted = f"{size}, whole command", whole_wanted if peer == NARROW else None
+            what, wanted = f"whole command with Python's start, {size}", whole_wanted if peer == NARROW else None
             yield Row("dump", "vm-dump", peer, what, "s", whole["vm-dump"], whole[peer], wanted)
         if kind == "linux":
             yield from _same_states(lab, guest)
             with busy():
                 inside, _ = _dumps(lab, guest, lab.rounds)
             for peer in (NARROW, WIDE):
-                what = f"{size}, the first beside a busy core"
+                what = "the first, while another process keeps a core busy"
                 yield Row("dump", "vm-dump", peer, what, "s", inside["vm-dump"], inside[peer])
 
 
@@ -246,7 +246,7 @@ def encrypt(lab: Lab) -> Iterator[Row]:
         pipeline(mine, source=state, sink=lab.folder / "message")
         backwards = interleave(lab.rounds, {"ours": _decrypter(lab, OURS_BACK), "theirs": _decrypter(lab, GPG_BACK)})
     lab.forget("message", "part")
-    size, less = lab.size("metal"), "at most 512 MiB of it"
+    size, less = lab.size("metal"), "a part of it, 512 MiB at most"
     yield Row("encrypt", "vm-encrypt", "gpg -e -z 0", size, "s", fast["ours"], fast["theirs"], 0.95)
     yield Row("encrypt", "vm-encrypt", "gpg -e", less, "s", slow["ours"], slow["theirs"], 6)
     yield Row("encrypt", "vm-encrypt -d", "gpg -d", size, "s", backwards["ours"], backwards["theirs"])
@@ -288,7 +288,7 @@ def restore(lab: Lab) -> Iterator[Row]:
             return _until_it_runs(lab, kind, lambda guest: load(guest, state))
 
         taken = interleave(lab.rounds, {"ours": ours, "theirs": theirs})
-        what = f"{lab.size(kind)}, command to running guest"
+        what = f"whole command until the guest runs, {lab.size(kind)}"
         yield Row("restore", "vm-restore", "-incoming exec:cat", what, "s", taken["ours"], taken["theirs"])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from .errors import Damaged
-from .octets import BLOCK, Pushback, Reader, blocks, exactly, write_all
+from .octets import BLOCK, Pushback, Reader, blocks, exactly, read_up_to, write_all
 
 # Measured on guests' RAM: level 2 takes no longer than 1 for 1 % less, level 3 half as long again for 2 % less.
 LEVEL = 2
@@ -382,6 +382,11 @@ class Members:
         self._source, self._came = Pushback(ahead, self._source), self._came - len(ahead)
         self._member = self._start()
         return True
+
+
+def plain(source: Reader) -> Reader:
+    """The plain state in `source`, as `unpacked` finds it."""
+    return unpacked(source, read_up_to(source, FIRST))
 
 
 def unpacked(source: Reader, first: bytes) -> Reader:

@@ -16,6 +16,7 @@ from . import layout
 from .errors import Damaged
 from .octets import HOLD
 
+FULL = bytes((layout.QEMU_VM_SECTION_FULL,))
 # What values of a wrong kind or size lead to, in a description that was damaged or forged
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
 
@@ -76,6 +77,56 @@ def judge_end(data: bytes) -> End:
     return end
 
 
+@dataclass(frozen=True)
+class Part:
+    """A device section: name, instance and version as in its header; payload: where its fields lie in the bytes given.
+
+    described: its entry in the description.
+    """
+
+    name: str
+    instance: int
+    version: int
+    payload: slice
+    described: dict[str, Any]
+
+
+def sections(data: bytes, devices: list[dict[str, Any]], offset: int) -> list[Part]:
+    """The device sections in `data`, which begins at `offset` of the stream, as `devices` describes them.
+
+    Ends where `data` or `devices` end.  Damaged where a section is not the one described.
+    """
+    found: list[Part] = []
+    at = 0
+    try:
+        for device in devices:
+            if at == len(data):
+                break
+            found.append(_section(data, at, device, offset))
+            at = found[-1].payload.stop + layout.FOOTER.size
+    except UNREADABLE as error:
+        raise Damaged(f"the description at the end cannot be read: {error}") from error
+    if at < len(data):
+        raise Damaged(f"something the description does not have, at offset {offset + at}: found {data[at : at + 16]!r}")
+    return found
+
+
+def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> Part:
+    name, instance, size = str(device["name"]), int(device["instance_id"]), _size(device)
+    header = bytes([len(name.encode())]) + name.encode() + layout.U32.pack(instance)
+    begin = at + 5 + len(header) + 4
+    if data[at : at + 1] != FULL or data[at + 5 : at + 5 + len(header)] != header or size < 0:
+        found = data[at : at + 5 + len(header)]
+        raise Damaged(f"no section {name!r} at offset {offset + at}: the description expects it, found {found!r}")
+    footer = bytes((layout.QEMU_VM_SECTION_FOOTER,)) + data[at + 1 : at + 5]
+    if data[begin + size : begin + size + layout.FOOTER.size] != footer:
+        found = data[begin + size : begin + size + layout.FOOTER.size]
+        text = f"no footer of section {name!r} at offset {offset + begin + size}, where the description has its end: "
+        raise Damaged(f"{text}expected {footer.hex(' ')}, found {found.hex(' ') or 'nothing'}")
+    version = int.from_bytes(data[begin - 4 : begin], "big")
+    return Part(name, instance, version, slice(begin, begin + size), device)
+
+
 def _size(device: dict[str, Any]) -> int:
     """Bytes of a device's fields and subsections."""
     total = sum(int(field["size"]) * int(field.get("array_len", 1)) for field in device["fields"])
@@ -99,7 +150,7 @@ def _match(data: bytes, mark: int, start: int, expected: list[tuple[str, int, in
         if not _is_section(data, first, at, header):
             break
         if name == "globalstate":
-            runstate = _runstate(data[first + 5 + len(header) + 4 : at], device)
+            runstate = runstate_of(data[first + 5 + len(header) + 4 : at], device)
         at, found = first, found + 1
     if not runstate or not _begins_here(data, at, len(expected) - found):
         name = expected[-1 - found][0] if found < len(expected) else "globalstate"
@@ -128,7 +179,7 @@ def _is_section(data: bytes, first: int, behind: int, header: bytes) -> bool:
     )
 
 
-def _runstate(payload: bytes, device: dict[str, Any]) -> str:
+def runstate_of(payload: bytes, device: dict[str, Any]) -> str:
     """The run state in a globalstate section (migration/global_state.c)."""
     at = 0
     for entry in device["fields"]:

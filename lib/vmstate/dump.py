@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import guest
+from .check import State
 from .command import hold_signals, no_more_signals, release_signals
-from .description import End
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
 from .guard import Guard
 from .octets import Output, channel
@@ -48,7 +48,7 @@ class Dump:
         try:
             self._guard = self._make_guard()
             self._ours, self._theirs = channel()
-            self._outgoing = Outgoing(self._ours, self._sink.fd, self._stands)
+            self._outgoing = Outgoing(self._ours, self._sink.fd)
         except BaseException:
             self._let_go_of_the_sink()
             raise
@@ -56,7 +56,7 @@ class Dump:
     def run(self) -> dict[str, Any]:
         """Send, prove, give away; the outcome as values.  Whatever goes wrong, the guest is put back first."""
         try:
-            end = self._send()
+            state = self._send()
             self._prove()
             # From here on there is nothing to put back: a signal comes too late.
             no_more_signals()
@@ -65,9 +65,9 @@ class Dump:
             raise self._put_back(error) from error
         if self._guard:
             self._guard.done()
-        return self._finish(end)
+        return self._finish(state)
 
-    def _finish(self, end: End) -> dict[str, Any]:
+    def _finish(self, state: State) -> dict[str, Any]:
         """QEMU completes, and the guest becomes what was wished."""
         path = self._plan.path
         try:
@@ -76,14 +76,14 @@ class Dump:
             raise Unsettled(
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
-        return self._outcome(end, info, guest.finish(path, self._plan.after))
+        return self._outcome(state, info, guest.finish(path, self._plan.after))
 
     def _make_guard(self) -> Guard | None:
         if isinstance(self._sink, Stage):
             return Guard(self._plan.path, self._sink.group, self._sink.fd)
         return Guard(self._plan.path) if self._plan.stop else None
 
-    def _send(self) -> End:
+    def _send(self) -> State:
         watch = self._guard.watch if self._guard else lambda: None
         self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch)
         self._theirs.close()
@@ -126,13 +126,6 @@ class Dump:
         else:
             self._sink.end()
 
-    def _stands(self) -> bool:
-        """Whether the guest stands, as it does at the end of its state; where nobody answers, it is taken to."""
-        try:
-            return guest.glance(self._plan.path).run not in ("running", "suspended")
-        except VmstateError:
-            return True
-
     def _explain(self, error: Exception, standing: guest.Standing | None) -> Exception:
         text = str(error)
         if isinstance(error, OSError):
@@ -159,14 +152,14 @@ class Dump:
             return None
         return sample_of(info)
 
-    def _outcome(self, end: End, info: dict[str, Any], state: str) -> dict[str, Any]:
+    def _outcome(self, saved: State, info: dict[str, Any], state: str) -> dict[str, Any]:
         return {
             "guest": self._plan.path,
             "state": state,
-            "saved": end.runstate,
-            "machine": self._outgoing.head.machine if self._outgoing.head else None,
+            "saved": saved.runstate,
+            "machine": saved.machine,
             "bytes": self._outgoing.sent,
-            "devices": end.devices,
+            "devices": len(saved.parts),
             "seconds": round(time.monotonic() - self._started, 3),
             "downtime_ms": info.get("downtime"),
         }

@@ -14,7 +14,7 @@ import stat
 import struct
 import tempfile
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from .errors import CannotDo, Damaged, WrongUsage
@@ -23,6 +23,8 @@ BLOCK = 1 << 20
 # What is held back until an input has proven its end: QEMU starts a guest once it has the end mark, and the description
 # behind that mark alone has 1.6 MB for a guest with 200 vCPUs.
 HOLD = 16 << 20
+# Small enough to stay in a core's cache between being written and read.
+WINDOW = 1 << 20
 SIOCOUTQ = termios.TIOCOUTQ
 F_SETPIPE_SZ = 1031
 
@@ -102,6 +104,17 @@ class FdReader:
                 return os.readv(self.fd, [view])
             except BlockingIOError:
                 _wait(self.fd, select.POLLIN)
+
+
+class Counted(FdReader):
+    """One that counts the bytes it has given."""
+
+    count = 0
+
+    def readinto(self, view: memoryview, /) -> int:
+        count = super().readinto(view)
+        self.count += count
+        return count
 
 
 class Pushback:
@@ -207,14 +220,14 @@ class Output:
     emptied by its reader.  `abandon()` takes a named file away.
     """
 
-    def __init__(self, path: str | None, default_fd: int = 1) -> None:
+    def __init__(self, path: str | None, default_fd: int = 1, *, text: bool = False) -> None:
         self._path = None if path in (None, "-") else path
         self._temporary: str | None = None
         self.fd = default_fd
         if self._path is not None:
             self._create(self._path)
         self.kind = kind(self.fd)
-        if self.kind == "terminal":
+        if self.kind == "terminal" and not text:
             hint = "redirect it: > FILE, or | COMMAND"
             raise WrongUsage("standard output is a terminal, and a state is binary", hint)
         enlarge(self.fd)
@@ -303,6 +316,68 @@ def blocks(source: Reader) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(BLOCK))
     while count := source.readinto(buffer):
         yield buffer[:count]
+
+
+class Window:
+    """An input seen through one buffer: the bytes from `offset` on that are at hand, in one piece.
+
+    `have()` are those bytes, `need(n)` reads until there are n, `take(n)` leaves n behind.  What is left behind goes to
+    `sink` in large pieces, once more room is needed or `flush()` asks for it: never before it has been looked at.
+    """
+
+    def __init__(self, source: Reader, sink: Callable[[memoryview], object] | None = None, size: int = WINDOW) -> None:
+        self._source = source
+        self.sink = sink
+        self._buffer = memoryview(bytearray(size))
+        self._left, self._at, self._end = 0, 0, 0
+        self._before = 0
+
+    @property
+    def offset(self) -> int:
+        """Of the next byte, in the input."""
+        return self._before + self._at
+
+    @property
+    def came(self) -> int:
+        """Bytes that have been read."""
+        return self._before + self._end
+
+    def have(self) -> memoryview:
+        return self._buffer[self._at : self._end]
+
+    def more(self) -> bool:
+        """Read some more; False at the end of the input."""
+        if self._end == len(self._buffer):
+            self._make_room()
+        count = self._source.readinto(self._buffer[self._end :])
+        self._end += count
+        return bool(count)
+
+    def need(self, count: int) -> memoryview | None:
+        """The next `count` bytes, still ahead; None where the input ends before."""
+        while self._end - self._at < count:
+            if not self.more():
+                return None
+        return self._buffer[self._at : self._at + count]
+
+    def take(self, count: int) -> None:
+        self._at += count
+
+    def flush(self) -> None:
+        if self.sink and self._at > self._left:
+            self.sink(self._buffer[self._left : self._at])
+        self._left = self._at
+
+    def _make_room(self) -> None:
+        self.flush()
+        ahead = self._end - self._at
+        target = self._buffer
+        if ahead > len(target) // 2:
+            target = memoryview(bytearray(2 * len(target)))
+        target[:ahead] = bytes(self._buffer[self._at : self._end])
+        self._buffer = target
+        self._before += self._at
+        self._left, self._at, self._end = 0, 0, ahead
 
 
 def exactly(source: Reader, count: int, offset: int, what: str) -> bytes:

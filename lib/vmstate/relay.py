@@ -1,25 +1,46 @@
-"""Bytes of a state between QEMU's socket and everything else, with the two things that must be known on the way.
+"""Bytes of a state between QEMU's socket and everything else, judged on their way.
 
 From QEMU (`Outgoing`): the commands that ask for a return path are taken out, so that what leaves is the plain stream;
-and QEMU does not close its end when it has sent all, so the end of the stream has to be recognised.
-To QEMU (`Incoming`): nothing of the last `HOLD` bytes is let go before the input has proven its end.
+QEMU does not close its end when it has sent all, so the judge says where the state ends.
+To QEMU (`Incoming`): the device sections and all behind them are not let go before the input has proven its end; QEMU
+cannot run a guest without them.
 """
 
 import contextlib
 import select
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from . import layout
-from .description import End, find_end, judge_end
+from .check import Judge, State, judge
 from .errors import CannotDo, Damaged
-from .head import ENOUGH, Head, MoreNeeded, parse
-from .octets import BLOCK, HOLD, FdReader, Reader, Ring, enlarge, read_up_to
+from .octets import HOLD, Pushback, Reader, enlarge, read_up_to, write_all
+from .reader import StateReader
+from .records import Blocks, Command, Configuration
 
-# Nearly every description is smaller; the whole ring is looked at only where this much does not do.
-USUAL_TAIL = 2 << 20
-# How long QEMU must have been silent behind a description that does not fit its sections.
-SILENCE = 2.0
+PIECE = 64 << 10
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the first kilobytes of a state say: the machine type's name; name and size in bytes of each RAM block."""
+
+    machine: str
+    blocks: tuple[tuple[str, int], ...] = field(default=())
+
+
+class _Recorder:
+    """A `Reader` that keeps what was read."""
+
+    def __init__(self, source: Reader) -> None:
+        self._source = source
+        self.data = b""
+
+    def readinto(self, view: memoryview, /) -> int:
+        count = self._source.readinto(view[:PIECE])
+        self.data += view[:count]
+        return count
 
 
 def read_head(source: Reader) -> tuple[Head, bytes]:
@@ -27,49 +48,47 @@ def read_head(source: Reader) -> tuple[Head, bytes]:
 
     Raises Damaged where the input is empty, cut in its head, or no state.
     """
-    data = b""
-    step = 4096
-    while True:
-        more = read_up_to(source, step)
-        data += more
-        if not data:
-            raise Damaged("the input is empty: expected the state of a guest, found 0 bytes")
-        try:
-            return parse(data), data
-        except MoreNeeded:
-            if not more:
-                raise Damaged(f"truncated at offset {len(data)}, in the head of the state") from None
-            if len(data) > ENOUGH:
-                raise Damaged(f"no end of the state's head in its first {len(data)} bytes") from None
-        step = min(step * 2, BLOCK)
+    recorder = _Recorder(source)
+    machine = ""
+    for record in StateReader(recorder):
+        if isinstance(record, Configuration):
+            machine = record.machine.decode("utf-8", "backslashreplace")
+        if isinstance(record, Blocks):
+            return Head(machine, tuple((block.text, block.size) for block in record.blocks)), recorder.data
+    raise Damaged("no list of RAM blocks in the state")
 
 
 class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left."""
 
-    def __init__(self, qemu: socket.socket, sink: int, stands: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, qemu: socket.socket, sink: int) -> None:
         self._qemu = qemu
         self._sink = sink
-        self._stands = stands
-        self._ring = Ring(HOLD + BLOCK)
-        self.head: Head | None = None
+        self._came = 0
+        self._cuts: list[tuple[int, int]] = []
+        self._passed = 0
+        self.sent = 0
+        self.machine: str | None = None
 
-    @property
-    def sent(self) -> int:
-        return self._ring.left
-
-    def run(self) -> End:
+    def run(self) -> State:
         """Carry everything up to the end of the state; CannotDo where QEMU gives up before.
 
         Raises what writing to the sink raises.
         """
-        self._begin()
-        while True:
-            self._ring.drain(self._sink)
-            # A guest that runs could have put an end into its memory.
-            if (end := self._ended()) and self._stands():
-                return end
-            self._receive()
+        reader, court = StateReader(self, self._pass), Judge()
+        try:
+            for record in reader:
+                court.see(record)
+                if isinstance(record, Command):
+                    self._see_command(record)
+                self.machine = court.state.machine
+        except Damaged as error:
+            raise CannotDo(f"QEMU's stream is not as it should be: {error}", *error.hints) from error
+        # A guest can put what looks like an end into a device.
+        if not court.ended or self._more_is_there():
+            raise CannotDo(f"QEMU's stream does not end as it should, at offset {reader.window.offset}")
+        reader.window.flush()
+        return court.state
 
     def answer(self, status: int) -> None:
         """Tell the waiting QEMU how the far end fared (0: it has the whole state).  The point of no return."""
@@ -78,51 +97,31 @@ class Outgoing:
         except OSError as error:
             raise CannotDo("QEMU gave up when it had sent everything") from error
 
-    def _begin(self) -> None:
-        try:
-            self.head, data = read_head(FdReader(self._qemu.fileno()))
-        except Damaged as error:
-            raise CannotDo(f"QEMU gave up before the first page: {error}") from error
-        plain = without_return_path(self.head, data)
-        space = self._ring.space()
-        space[: len(plain)] = plain
-        self._ring.filled(len(plain))
-
-    def _receive(self) -> None:
-        count = self._qemu.recv_into(self._ring.space())
+    def readinto(self, view: memoryview, /) -> int:
+        count = self._qemu.recv_into(view)
         if not count:
-            raise CannotDo(f"QEMU gave up after {self._ring.came} bytes")
-        self._ring.filled(count)
+            raise CannotDo(f"QEMU gave up after {self._came} bytes" if self._came else "QEMU gave up at once")
+        self._came += count
+        return count
 
-    def _ended(self) -> End | None:
-        if self._ring.last(1) != b"}" or self._more_within(0):
-            return None
-        try:
-            return find_end(self._ring.last(USUAL_TAIL)) or find_end(self._ring.last(HOLD))
-        except Damaged:
-            pass
-        try:
-            return find_end(self._ring.last(HOLD))
-        except Damaged as error:
-            # A guest could have put this into its memory; QEMU would then go on.
-            if self._more_within(SILENCE):
-                return None
-            raise CannotDo(f"QEMU's stream does not end as it should: {error}") from error
+    def _see_command(self, command: Command) -> None:
+        if command.number in (layout.MIG_CMD_OPEN_RETURN_PATH, layout.MIG_CMD_PING):
+            self._cuts.append((command.offset, command.offset + layout.COMMAND.size + len(command.data)))
 
-    def _more_within(self, seconds: float) -> bool:
+    def _pass(self, view: memoryview) -> None:
+        """Write what is to leave of these bytes, the next ones of the stream."""
+        begin, end = self._passed, self._passed + len(view)
+        at = begin
+        for first, behind in [cut for cut in self._cuts if begin <= cut[0] < end] + [(end, end)]:
+            write_all(self._sink, view[at - begin : first - begin])
+            self.sent += first - at
+            at = behind
+        self._passed = end
+
+    def _more_is_there(self) -> bool:
         poll = select.poll()
         poll.register(self._qemu, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-
-
-def without_return_path(head: Head, data: bytes) -> bytes:
-    """`data`, which starts with `head`, less the commands OPEN_RETURN_PATH and PING."""
-    plain, at = b"", 0
-    for command in head.commands:
-        if command.number in (layout.MIG_CMD_OPEN_RETURN_PATH, layout.MIG_CMD_PING):
-            plain += data[at : command.offset]
-            at = command.offset + command.size
-    return plain + data[at:]
+        return bool(poll.poll(0))
 
 
 class QemuStopped(Exception):
@@ -130,73 +129,53 @@ class QemuStopped(Exception):
 
 
 class Incoming:
-    """A state from an input to the socket of a QEMU that loads it.
+    """A state from an input, whose first bytes `ahead` have been read, to the socket of a QEMU that loads it.
 
-    `passed` counts the bytes that QEMU has been given.  After `carry` all but the held tail is there; `judge` tells
-    whether the input has proven its end; `release` lets the tail go.
+    `came` counts the bytes that were read, `passed` those that QEMU has been given.
     """
 
     def __init__(self, source: Reader, ahead: bytes, qemu: socket.socket) -> None:
         self._source = source
         self._qemu = qemu
-        self._ring = Ring(HOLD + BLOCK)
         self._ahead = ahead
-        self._over = False
+        self.came = len(ahead)
+        self.passed = 0
         enlarge(qemu.fileno())
 
-    @property
-    def came(self) -> int:
-        return self._ring.came
+    def prefill(self) -> State | None:
+        """Read the first `HOLD` bytes, of which QEMU gets none yet; where that is the whole input, judge it."""
+        if len(self._ahead) < HOLD:
+            self._ahead += read_up_to(self, HOLD - len(self._ahead))
+        if len(self._ahead) >= HOLD:
+            return None
+        return judge(Pushback(self._ahead, _Nothing()))
 
-    @property
-    def passed(self) -> int:
-        return self._ring.left
+    def carry(self, settle: Callable[[State], object]) -> State:
+        """Pass on the whole input; `settle` is called once it has proven its end, before the devices are let go.
 
-    def prefill(self) -> bool:
-        """Read the first `HOLD` bytes, of which QEMU gets none yet; True where that is the whole input."""
-        self._fill(self._ahead)
-        while self._ring.came < HOLD:
-            if not self._receive():
-                return True
-        return False
-
-    def carry(self) -> None:
-        """Pass on the whole input but its newest `HOLD` bytes; QemuStopped where QEMU refuses."""
-        self._drain(HOLD)
-        while self._receive():
-            self._drain(HOLD)
-
-    def judge(self) -> End:
-        """The end of the input; Damaged where it has none."""
-        return judge_end(self._ring.last(HOLD))
-
-    def release(self) -> None:
-        self._drain(0)
+        Damaged where the input is not whole, QemuStopped where QEMU refuses.
+        """
+        state = judge(Pushback(self._ahead, self), self._pass, settle=settle)
         with contextlib.suppress(OSError):
             self._qemu.shutdown(socket.SHUT_WR)
+        return state
 
-    def _receive(self) -> int:
-        # Once over, its descriptor may be closed, and its number be another's.
-        if self._over:
-            return 0
+    def readinto(self, view: memoryview, /) -> int:
         try:
-            count = self._source.readinto(self._ring.space())
+            count = self._source.readinto(view)
         except OSError as error:
-            raise Damaged(f"the input broke off at offset {self._ring.came}: {error.strerror}") from error
-        self._ring.filled(count)
-        self._over = not count
+            raise Damaged(f"the input broke off at offset {self.came}: {error.strerror}") from error
+        self.came += count
         return count
 
-    def _fill(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            count = min(len(space := self._ring.space()), len(view))
-            space[:count] = view[:count]
-            self._ring.filled(count)
-            view = view[count:]
-
-    def _drain(self, keep: int) -> None:
+    def _pass(self, view: memoryview) -> None:
         try:
-            self._ring.drain(self._qemu.fileno(), keep)
+            write_all(self._qemu.fileno(), view)
         except ConnectionError as error:
             raise QemuStopped from error
+        self.passed += len(view)
+
+
+class _Nothing:
+    def readinto(self, _view: memoryview, /) -> int:
+        return 0

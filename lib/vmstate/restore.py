@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import compression
+from .check import State
 from .command import hold_signals, no_more_signals, release_signals
-from .description import End, judge_end
+from .description import judge_end
 from .errors import Damaged, GuestGone, Refused, Stopped, VmstateError
-from .head import Head
 from .monitor import Monitor
 from .nics import Nic, from_info_network
-from .octets import HOLD, FdReader, Pushback, Reader, channel, open_input, read_up_to
+from .octets import HOLD, FdReader, Reader, channel, open_input, read_up_to
 from .process import Process, check_arguments
 from .progress import Progress, Sample
-from .relay import Incoming, QemuStopped, read_head
+from .relay import Head, Incoming, QemuStopped, read_head
 from .report import Report
 from .stage import Stage
 from .waiting import Waiting, refusal, require_fit, require_waiting
@@ -66,6 +66,7 @@ class Restore:
         self._waiting: Waiting | None = None
         self._incoming: Incoming | None = None
         self._size: int | None = None
+        self._whole = False
         self._ours, self._theirs = channel()
 
     def run(self) -> Outcome:
@@ -75,25 +76,22 @@ class Restore:
             head, ahead, source = self._open()
             path = self._find_guest(head)
             waiting = self._waiting = Waiting(path)
-            end = self._load(waiting, ahead, source)
+            saved = self._load(waiting, ahead, source)
             # Loaded and proven: what is left takes no time, and half of it would help nobody.
             no_more_signals()
         except BaseException as error:
             raise self._put_back(error) from error
-        return self._settle(waiting, head, end)
+        return self._settle(waiting, saved)
 
     def _open(self) -> tuple[Head, bytes, Reader]:
         """The head of the plain state, the bytes read for it, and where the rest comes from."""
-        plain = FdReader(self._fd)
-        first = read_up_to(plain, 4096)
-        form = compression.recognise(first)
-        source: Reader = Pushback(first, plain)
-        if first and form != "state":
-            source = compression.unpacked(plain, first)
-        head, ahead = read_head(source)
-        if form == "state" and not self._stage:
+        source = FdReader(self._fd)
+        first = read_up_to(source, compression.FIRST)
+        plain = compression.unpacked(source, first)
+        head, ahead = read_head(plain)
+        if compression.recognise(first) == "state" and not self._stage:
             self._judge_seekable(len(ahead))
-        return head, ahead, source
+        return head, ahead, plain
 
     def _judge_seekable(self, ahead: int) -> None:
         """Where the input is a file, its end is looked at before QEMU gets a byte."""
@@ -122,33 +120,29 @@ class Restore:
             require_fit(monitor, path, head.machine, head.blocks)
         return path
 
-    def _load(self, waiting: Waiting, ahead: bytes, source: Reader) -> End:
+    def _load(self, waiting: Waiting, ahead: bytes, source: Reader) -> State:
         incoming = self._incoming = Incoming(source, ahead, self._ours)
-        whole = False
         try:
             with Progress(self._report, self._mode, self._sampler()):
-                short = incoming.prefill()
-                end = self._proven(incoming) if short else None
+                if whole := incoming.prefill():
+                    self._proven(whole)
                 hold_signals()
                 waiting.hold_and_load(self._theirs)
                 release_signals()
                 self._theirs.close()
-                incoming.carry()
-                end = end or self._proven(incoming)
-                whole = True
-                incoming.release()
+                saved = incoming.carry(self._proven)
                 waiting.loaded()
-                return end
+                return saved
         except (QemuStopped, Refused, GuestGone) as error:
             if not waiting.begun:
                 raise
-            raise self._refusal(error, whole) from error
+            raise self._refusal(error, self._whole) from error
 
-    def _proven(self, incoming: Incoming) -> End:
-        """The end of the input: its last stages have ended with 0, and its last bytes are those of a whole state."""
-        if self._stage:
+    def _proven(self, _state: State) -> None:
+        """The input ends as a whole state does; so must all stages before it, each with 0."""
+        if self._stage and not self._whole:
             self._stage.finish()
-        return incoming.judge()
+        self._whole = True
 
     def _refusal(self, error: Exception, whole: bool) -> VmstateError:
         """Why QEMU did not take the state, in its own words where they can be had."""
@@ -164,14 +158,8 @@ class Restore:
             details = self._process.words() if self._process else ""
             return refusal(f"{details}; {reason.text}" if details else reason.text, whole)
         except VmstateError:
-            return refusal("", whole)
-        return Damaged(
-            f"the input is not whole: it goes on behind the end of the state, at most {self.passed} bytes in"
-        )
-
-    @property
-    def passed(self) -> int:
-        return self._incoming.passed if self._incoming else 0
+            pass
+        return refusal("", whole)
 
     def _sampler(self) -> Callable[[], Sample | None]:
         return lambda: Sample(self._incoming.came, self._size) if self._incoming else None
@@ -200,11 +188,10 @@ class Restore:
             self._report.warning(f"the guest runs, but its network cards are not known: {error}")
             return []
 
-    def _settle(self, waiting: Waiting, head: Head, end: End) -> Outcome:
-        run = end.runstate in ("running", "suspended") if self._plan.run is None else self._plan.run
+    def _settle(self, waiting: Waiting, saved: State) -> Outcome:
+        run = saved.runstate in ("running", "suspended") if self._plan.run is None else self._plan.run
         state = waiting.settle(run)
         nics = self._nics(waiting) if run else []
-        came = self._incoming.came if self._incoming else 0
         if self._process and self._process.added:
             self._report.hint(f"the guest's monitor is {waiting.path}")
-        return Outcome(waiting.path, state, end.runstate, head.machine, came, nics)
+        return Outcome(waiting.path, state, saved.runstate, saved.machine, saved.size, nics)

@@ -37,24 +37,34 @@ def require_waiting(monitor: Monitor, path: str) -> None:
         )
 
 
-def require_fit(monitor: Monitor, path: str, machine: str, blocks: tuple[tuple[str, int], ...]) -> None:
-    """Misfit where the machine type or a RAM block of the state is not the guest's."""
+DEVICES = "start the guest with the same devices, at the same addresses, as its source"
+
+
+def misfits(monitor: Monitor, path: str, machine: str, blocks: tuple[tuple[str, int], ...]) -> list[tuple[str, str]]:
+    """What keeps the guest from taking a state of this machine type and these RAM blocks, each with a hint."""
+    found = []
     own = monitor.ask("qom-get", path="/machine", property="type").removesuffix("-machine")
     if own != machine:
-        raise Misfit(
-            f"the state is of machine type '{machine}', the guest at {path} is a '{own}'",
-            f"start the guest with -machine {machine}",
-        )
+        text = f"the state is of machine type '{machine}', the guest at {path} is a '{own}'"
+        found.append((text, f"start the guest with -machine {machine}"))
     have = ram_blocks(monitor)
     for name, size in blocks:
         if name not in have:
-            devices = "start the guest with the same devices, at the same addresses, as its source"
-            raise Misfit(f"the state has a RAM block '{name}' that the guest at {path} has not", devices)
+            found.append((f"the state has a RAM block '{name}' that the guest at {path} has not", DEVICES))
+            continue
         used, most = have[name]
         # Blocks such as the ACPI tables can grow to the size in the state; RAM cannot.
         if size != used and (used == most or size > most):
             hint = f"start the guest with -m {size >> 20}" if name in ("pc.ram", "mem0", "ram") else "use the same ROMs"
-            raise Misfit(f"RAM block '{name}' has {size} bytes in the state and {used} in the guest at {path}", hint)
+            found.append((f"RAM block '{name}' has {size} bytes in the state and {used} in the guest at {path}", hint))
+    return found
+
+
+def require_fit(monitor: Monitor, path: str, machine: str, blocks: tuple[tuple[str, int], ...]) -> None:
+    """Misfit where the machine type or a RAM block of the state is not the guest's."""
+    found = misfits(monitor, path, machine, blocks)
+    if found:
+        raise Misfit(*found[0])
 
 
 class Waiting:

@@ -25,7 +25,7 @@ LOCK = ("vm-encrypt", "-r", "me@example.org")
 UNLOCK = ("vm-encrypt", "-d")
 FILTERS = [PACK, UNPACK, LOCK, UNLOCK]
 # Enough of a state for a command to look for the guest that it is for; no guest is of this machine type.
-HEAD = b"QEVM\0\0\0\3\7\0\0\0\7nothing\4\0\0\0\0"
+HEAD = b"QEVM\0\0\0\3\7\0\0\0\7nothing\1\0\0\0\2\3ram\0\0\0\0\0\0\0\4\0\0\0\0\0\0\0\4"
 
 LINE = re.compile(r"vm-[a-z]+: (error|warning|hint|note): (?![A-Z][a-z]).*[^.\n]")
 HEAVY = {"asyncio", "gnupg", "numpy", "qemu", "tqdm", "zstandard"}

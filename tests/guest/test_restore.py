@@ -63,7 +63,7 @@ def test_junk_behind_the_end(guests: Guests, work: Path, saved: Path) -> None:
     guest = guests.waiting()
     refused(shell("cp s t; echo x >> t; vm-restore b.qmp < t", work), 3, "not whole")
     still_waits(guest)
-    refused(shell("(cat s s; echo x) | vm-restore b.qmp", work), 3, "not whole")
+    refused(shell("(cat s s; echo x) | vm-restore b.qmp", work), 3, "lies behind the end of the state, at offset")
     # QEMU had loaded the first state whole, and would run it when told to.
     guest.wait_gone(10)
     assert guest.count() is None
@@ -73,7 +73,7 @@ def test_junk_behind_the_end(guests: Guests, work: Path, saved: Path) -> None:
 def test_a_truncated_pipe_never_runs(guests: Guests, work: Path, saved: Path, cut: int) -> None:
     guest = guests.waiting()
     done = shell(f"head -c -{cut} s | vm-restore b.qmp", work)
-    refused(done, 3, "not whole")
+    refused(done, 3, r"truncated at offset \d+, in")
     assert "start it again with -incoming defer" in done.err
     assert guest.status() in ("gone", "inmigrate")
     assert guest.count() is None
@@ -81,7 +81,7 @@ def test_a_truncated_pipe_never_runs(guests: Guests, work: Path, saved: Path, cu
 
 def test_a_short_truncated_pipe_is_refused_while_the_guest_waits(guests: Guests, work: Path, saved: Path) -> None:
     guest = guests.waiting()
-    refused(shell("head -c 10000000 s | vm-restore b.qmp", work), 3, "not whole")
+    refused(shell("head -c 10000000 s | vm-restore b.qmp", work), 3, "truncated at offset 10000000, in")
     still_waits(guest)
 
 

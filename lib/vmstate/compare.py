@@ -1,0 +1,113 @@
+"""A state and a waiting guest side by side, by what QMP tells of the guest.
+
+QEMU itself loads silently with another card, or with more vCPUs, than were saved.  Here the part that talks to QEMU and
+the part that reads the stream meet.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from .check import State
+from .devices import Device, decode, devices_at_end
+from .errors import Damaged, Misfit, Refused
+from .facts import pci as pci_of
+from .monitor import Monitor
+from .octets import HOLD
+from .records import Blocks, Configuration, Record
+from .waiting import DEVICES, misfits, require_waiting
+
+# What QMP cannot tell before a guest is loaded.
+UNKNOWN = ("features of the CPU", "addresses of network cards", "disks", "devices that are not on a PCI bus")
+Pci = dict[str, tuple[int, int]]
+
+
+@dataclass
+class Against:
+    """The guest that waits at `path`; unknown: what was not compared.  Each method raises Misfit where they differ."""
+
+    path: str
+    unknown: list[str] = field(default_factory=lambda: list(UNKNOWN))
+    _machine: str = ""
+    _compared: bool = False
+
+    def look_ahead(self, fd: int) -> None:
+        """Where the input is a file that holds a plain state, its devices are at its end, and are compared at once."""
+        try:
+            start, size = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size
+            at = max(start, size - HOLD)
+            found = devices_at_end(os.pread(fd, size - at, at))
+        except (OSError, Damaged):
+            # A pipe; or what the judge will say more about.
+            return
+        if found:
+            self._devices(found)
+
+    def see(self, record: Record) -> None:
+        """Machine type and RAM blocks, as soon as they come."""
+        if isinstance(record, Configuration):
+            self._machine = record.machine.decode("utf-8", "backslashreplace")
+        if isinstance(record, Blocks):
+            with Monitor(self.path) as monitor:
+                require_waiting(monitor, self.path)
+                blocks = tuple((block.text, block.size) for block in record.blocks)
+                self._judge(misfits(monitor, self.path, self._machine, blocks))
+
+    def settle(self, state: State) -> None:
+        """What is left to compare, once the state is known to be whole."""
+        if not self._compared:
+            self._devices([decode(part.described, state.payload(n)) for n, part in enumerate(state.parts)])
+
+    def _devices(self, devices: list[Device]) -> None:
+        """Number of vCPUs, and what is at each PCI address."""
+        with Monitor(self.path) as monitor:
+            require_waiting(monitor, self.path)
+            own_vcpus, own = len(monitor.ask("query-cpus-fast")), _pci(monitor)
+        found = []
+        vcpus = sum(device.name == "cpu_common" for device in devices)
+        if vcpus != own_vcpus:
+            text = f"the state has {vcpus} vCPUs, the guest at {self.path} has {own_vcpus}"
+            found.append((text, f"start the guest with -smp {vcpus}"))
+        if own is None:
+            self.unknown.append("PCI devices, which this guest does not have")
+        else:
+            found += self._pci_differences(pci_of(devices), own)
+        self._judge(found)
+        self._compared = True
+
+    def _pci_differences(self, pci: Pci, own: Pci) -> list[tuple[str, str]]:
+        found = []
+        for address in sorted(pci.keys() | own.keys()):
+            theirs, ours = _words(pci.get(address)), _words(own.get(address))
+            if theirs != ours:
+                text = f"at PCI address {address} the state has {theirs}, the guest at {self.path} has {ours}"
+                found.append((text, DEVICES))
+        return found
+
+    def _judge(self, found: list[tuple[str, str]]) -> None:
+        if found:
+            hints = dict.fromkeys(hint for _, hint in found)
+            raise Misfit("; ".join(text for text, _ in found), *hints, f"not compared: {', '.join(self.unknown)}")
+
+
+def _words(found: tuple[int, int] | None) -> str:
+    return "nothing" if found is None else f"{found[0]:04x}:{found[1]:04x}"
+
+
+def _pci(monitor: Monitor) -> Pci | None:
+    """Vendor and device id by address, in the form that QEMU uses in names of sections; None without a PCI bus."""
+    try:
+        buses = monitor.ask("query-pci")
+    except Refused:
+        return None
+    found: Pci = {}
+    for bus in buses:
+        _collect(bus["devices"], f"0000:{bus['bus']:02x}", found)
+    return found if buses else None
+
+
+def _collect(devices: list[dict[str, Any]], above: str, found: Pci) -> None:
+    for device in devices:
+        address = f"{above}:{device['slot']:02x}.{device['function']:x}"
+        found[address] = (device["id"]["vendor"], device["id"]["device"])
+        _collect(device.get("pci_bridge", {}).get("devices", []), address, found)

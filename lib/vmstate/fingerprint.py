@@ -1,0 +1,134 @@
+"""A number of 64 bits for the content of each page, by which pages are found to be the same; numpy's one home.
+
+The numbers are of no use against whoever wants two pages to look the same; two that differ by chance do so here with
+one chance in 2 to the 64.
+"""
+
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import layout
+from .errors import Damaged
+from .pages import AGAIN, CHUNK, NORMAL, PageMap
+from .records import Packed, Pages, Record
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[np.uint64]
+
+SEED = 0x766D7374
+# How a page is drawn and counted
+UNSENT, ZERO, PLAIN, DUPLICATE, REWRITTEN = range(5)
+
+
+class Fingerprints:
+    """`see` every record of a state; then numbers by block and page, 0 for a page that is zero or was not sent."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[bytes, dict[int, Numbers]] = {}
+        self._factors: dict[int, Numbers] = {}
+
+    def see(self, record: Record) -> None:
+        if isinstance(record, Pages):
+            numbers = None if record.zero else self._numbers(_content(record))
+            at = 0
+            for address, count in record.runs:
+                part = None if numbers is None else numbers[at : at + count]
+                self._put(record.block.name, address // record.page, count, part)
+                at += count
+        elif isinstance(record, Packed):
+            self._see_packed(record)
+
+    def of(self, page_map: PageMap) -> "Numbers":
+        """The numbers of all pages of a block."""
+        chunks = self._chunks.get(page_map.block.name, {})
+        empty = np.zeros(CHUNK, np.uint64)
+        pieces = [chunks.get(number, empty) for number in range(-(-page_map.pages // CHUNK))]
+        return np.concatenate(pieces)[: page_map.pages] if pieces else empty[:0]
+
+    def _see_packed(self, record: Packed) -> None:
+        page = 1 << layout.PAGE_BITS
+        index = record.address // page
+        if record.flag == layout.RAM_SAVE_FLAG_COMPRESS_PAGE:
+            content = np.frombuffer(_inflated(record, page), np.uint64)[None, :]
+        else:
+            # What it was and what changed stand for what it is.
+            before = self._chunks.get(record.block.name, {}).get(index // CHUNK)
+            old = 0 if before is None else int(before[index % CHUNK])
+            data = old.to_bytes(8, "little") + record.data
+            content = np.frombuffer(data + b"\0" * (-len(data) % 8), np.uint64)[None, :]
+        self._put(record.block.name, index, 1, self._numbers(content.copy()))
+
+    def _put(self, name: bytes, index: int, count: int, numbers: "Numbers | None") -> None:
+        chunks = self._chunks.setdefault(name, {})
+        done = 0
+        while done < count:
+            number, at = divmod(index + done, CHUNK)
+            size = min(count - done, CHUNK - at)
+            if number not in chunks and numbers is not None:
+                chunks[number] = np.zeros(CHUNK, np.uint64)
+            if number in chunks:
+                chunks[number][at : at + size] = 0 if numbers is None else numbers[done : done + size]
+            done += size
+
+    def _numbers(self, content: "Numbers") -> "Numbers":
+        """Of each row of words; the words are used up."""
+        width = content.shape[1]
+        if width not in self._factors:
+            random = np.random.Generator(np.random.PCG64(SEED + width))
+            self._factors[width] = random.integers(0, 1 << 63, width, np.uint64) * np.uint64(2) + np.uint64(1)
+        content ^= content >> np.uint64(29)
+        content *= self._factors[width]
+        content ^= content >> np.uint64(32)
+        numbers: Numbers = content.sum(axis=1, dtype=np.uint64)
+        numbers[numbers == 0] = 1
+        return numbers
+
+
+def _content(record: Pages) -> "Numbers":
+    """The content of the pages, a row each."""
+    rows = np.ndarray(
+        (record.count, record.page), np.uint8, record.raw, offset=record.first, strides=(record.stride, 1)
+    )
+    return np.ascontiguousarray(rows).view(np.uint64)
+
+
+def _inflated(record: Packed, page: int) -> bytes:
+    try:
+        data = zlib.decompressobj().decompress(record.data, page)
+    except zlib.error as error:
+        raise Damaged(f"packed page at offset {record.offset}: {error}") from error
+    if len(data) != page:
+        raise Damaged(f"packed page at offset {record.offset}: expected {page} bytes, found {len(data)}")
+    return data
+
+
+def kinds(maps: list[PageMap], prints: Fingerprints) -> dict[bytes, "NDArray[np.uint8]"]:
+    """For each block what each page is: UNSENT, ZERO, PLAIN, DUPLICATE (an earlier page is the same), REWRITTEN."""
+    numbers = [prints.of(page_map) for page_map in maps]
+    joined = np.concatenate(numbers) if numbers else np.zeros(0, np.uint64)
+    same = np.ones(len(joined), bool)
+    same[np.unique(joined, return_index=True)[1]] = False
+    found, at = {}, 0
+    for page_map in maps:
+        sent = np.frombuffer(page_map.kinds(), np.uint8)
+        normal = sent & NORMAL != 0
+        kind = np.where(sent == 0, UNSENT, np.where(normal, PLAIN, ZERO)).astype(np.uint8)
+        kind[normal & same[at : at + page_map.pages]] = DUPLICATE
+        kind[sent & AGAIN != 0] = REWRITTEN
+        found[page_map.block.name] = kind
+        at += page_map.pages
+    return found
+
+
+def differing(one: "Numbers", other: "Numbers") -> list[tuple[int, int]]:
+    """First page and number of pages, of each run of pages that differ."""
+    size = max(len(one), len(other))
+    padded = [
+        np.concatenate((part, np.full(size - len(part), fill, np.uint64))) for part, fill in ((one, 2), (other, 3))
+    ]
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], padded[0] != padded[1], [False])).astype(np.int8)))
+    return [(int(begin), int(end - begin)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]

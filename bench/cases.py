@@ -208,6 +208,28 @@ def filters(lab: Lab) -> Iterator[Row]:
     yield Row("filters", f"{mine} -d", "zstd -d", "unpack the same", "s", unpacking[mine], theirs[""])
 
 
+def verify(lab: Lab) -> Iterator[Row]:
+    """The judge over whole states, beside what only moves the bytes."""
+    for kind, wanted in (("metal", 1.0), ("linux", None)):
+        state = lab.state(kind)
+        lab.drop(kind)
+
+        def ours(state: Path = state) -> float:
+            return pipeline(["vm-verify"], source=state)
+
+        def theirs(state: Path = state) -> float:
+            return pipeline(["cat", str(state)], SINK)
+
+        taken = interleave(lab.rounds, {"ours": ours, "theirs": theirs})
+        size = lab.size(kind)
+        yield Row("verify", "vm-verify", "cat F | cat", size, "s", taken["ours"], taken["theirs"], wanted)
+        if wanted:
+            needed = peak(["vm-verify"], source=state)
+            yield Row("verify", "vm-verify", "128 MiB", "peak memory", "B", [needed], [128 << 20], 1)
+    seen = interleave(lab.rounds, {"": lambda: pipeline(["vm-inspect"], SINK, source=lab.state("linux"))})
+    yield Row("verify", "vm-inspect", "cat F | cat", lab.size("linux"), "s", seen[""], taken["theirs"])
+
+
 class Keys:
     """A GnuPG home with one key, its agent surely ended."""
 
@@ -342,11 +364,12 @@ def memory(lab: Lab) -> Iterator[Row]:
     with Keys(lab):
         needed["vm-encrypt"] = peak(["vm-encrypt", "-r", RECIPIENT], source=state, sink=message)
         needed["vm-encrypt -d"] = peak(["vm-encrypt", "-d"], SINK, source=message)
+    needed["vm-inspect"] = peak(["vm-inspect"], source=state)
     lab.forget("packed", "message")
     for name, count in needed.items():
         yield Row("memory", name, "256 MiB", "peak memory", "B", [count], [LIMIT_MEMORY], 1)
 
 
 CASES: dict[str, Callable[[Lab], Iterator[Row]]] = {
-    case.__name__: case for case in (start, dump, pause, compress, restore, filters, memory, encrypt)
+    case.__name__: case for case in (start, dump, pause, compress, restore, filters, verify, memory, encrypt)
 }

@@ -21,6 +21,8 @@ COLOURS = {
     DUPLICATE: (234, 164, 36),
     REWRITTEN: (196, 48, 64),
 }
+# The rare ones would be lost among their neighbours.
+WEIGHTS = {REWRITTEN: 8, DUPLICATE: 2}
 NAMES = {
     PLAIN: "normal",
     DUPLICATE: "duplicate: an earlier page is the same",
@@ -81,15 +83,15 @@ def _block(page_map: PageMap, kind: "NDArray[np.uint8]", y: int) -> tuple[str, i
 def _counts(kind: "NDArray[np.uint8]") -> str:
     totals = np.bincount(kind, minlength=5)
     short = {number: name.split(":")[0] for number, name in NAMES.items()}
-    return ", ".join(f"{int(totals[number]):,} {short[number]}" for number in NAMES if totals[number]) + " pages"
+    return ", ".join(f"{int(totals[number]):,} {short[number]}" for number in NAMES if totals[number])
 
 
 def _blend(kind: "NDArray[np.uint8]", each: int, cells: int) -> list[str]:
     """The colour of each cell, mixed of those of its pages."""
     table = np.array([COLOURS[number] for number in range(5)], float)
+    weights = np.array([WEIGHTS.get(number, 1) for number in range(5)], float)[kind][:, None]
     starts = np.arange(0, len(kind), each)
-    sizes = np.minimum(each, len(kind) - starts)[:, None]
-    mixed = np.add.reduceat(table[kind], starts, axis=0) / sizes
+    mixed = np.add.reduceat(table[kind] * weights, starts, axis=0) / np.add.reduceat(weights, starts, axis=0)
     return [_colour(tuple(cell)) for cell in mixed[:cells]]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-CASES = {"start", "dump", "pause", "compress", "restore", "filters", "memory", "encrypt"}
+CASES = {"start", "dump", "pause", "compress", "restore", "filters", "verify", "memory", "encrypt"}
 
 
 @pytest.mark.guest

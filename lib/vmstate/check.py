@@ -27,8 +27,8 @@ RESUME = "this is the channel of a postcopy move: no whole state is in it"
 class State:
     """What a stream holds.
 
-    size: bytes.  maps: of each RAM block.  parts: the device sections, their payloads in `devices` (or in `early`, for
-    the first `early_parts` of them).  rounds: RAM sections with pages.  background: saved by background-snapshot.
+    size: bytes.  maps: of each RAM block.  parts: the device sections.  rounds: RAM sections with pages.
+    background: saved by background-snapshot.
     """
 
     machine: str = ""
@@ -42,19 +42,10 @@ class State:
     deltas: int = 0
     packed: int = 0
     background: bool = False
-    early: bytes = b""
-    early_parts: int = 0
-    devices: bytes = b""
-    devices_at: int = 0
     parts: list[Part] = field(default_factory=list)
     description: dict[str, Any] = field(default_factory=dict)
     runstate: str = ""
     size: int = 0
-
-    def payload(self, number: int) -> bytes:
-        """The bytes of the fields of device section `number`."""
-        data = self.early if number < self.early_parts else self.devices
-        return data[self.parts[number].payload]
 
 
 class Judge:
@@ -64,7 +55,7 @@ class Judge:
         self.state = State()
         self.ended = False
         self._open: dict[int, str] = {}
-        self._early_at = 0
+        self._devices: list[Devices] = []
         self._looks: dict[type[Record], Callable[[Any], None]] = {
             Pages: self._see_pages,
             Packed: self._see_packed,
@@ -133,8 +124,8 @@ class Judge:
         self.state.rounds += open_name == "ram"
 
     def _see_devices(self, record: Devices) -> None:
+        self._devices.append(record)
         if record.early:
-            self.state.early, self._early_at = record.data, record.offset
             return
         if "ram" not in self.state.sections:
             raise Damaged(f"device sections at offset {record.offset}, but no section of RAM before them")
@@ -143,10 +134,9 @@ class Judge:
         self.state.background = still == {"ram"} and self.state.sections == ["ram"]
         if still and not self.state.background:
             raise Damaged(f"device sections at offset {record.offset}, but section {sorted(still)[0]!r} has not ended")
-        self.state.devices, self.state.devices_at = record.data, record.offset
 
     def _see_end(self, record: EndMark) -> None:
-        if not self.state.devices:
+        if not self._devices or self._devices[-1].early:
             raise Damaged(f"end mark at offset {record.offset}, but no device sections before it")
 
     def _see_description(self, record: Description) -> None:
@@ -159,20 +149,18 @@ class Judge:
             raise Damaged(f"the description at offset {record.offset} cannot be read: {error}") from error
         self.ended = True
 
-    def _judge_devices(self, record: Description) -> None:
+    def _judge_devices(self, description: Description) -> None:
         state = self.state
-        state.description = parse_description(record.data)
+        state.description = parse_description(description.data)
         devices = list(state.description["devices"])
-        if state.early:
-            state.parts += sections(state.early, devices, self._early_at)
-            state.early_parts = len(state.parts)
-        state.parts += sections(state.devices, devices[len(state.parts) :], state.devices_at)
+        for record in self._devices:
+            state.parts += sections(record.data, devices[len(state.parts) :], record.offset)
         if len(state.parts) < len(devices):
             name = devices[len(state.parts)].get("name")
-            raise Damaged(f"end mark at offset {record.offset - 1}, but the description expects section {name!r}")
-        for number, part in enumerate(state.parts):
+            raise Damaged(f"end mark at offset {description.offset - 1}, but the description expects section {name!r}")
+        for part in state.parts:
             if part.name == "globalstate":
-                state.runstate = runstate_of(state.payload(number), part.described)
+                state.runstate = runstate_of(part.payload, part.described)
         if not state.runstate:
             raise Damaged("no section 'globalstate' with a run state before the end mark")
 

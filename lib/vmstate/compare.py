@@ -56,7 +56,7 @@ class Against:
     def settle(self, state: State) -> None:
         """What is left to compare, once the state is known to be whole."""
         if not self._compared:
-            self._devices([decode(part.described, state.payload(n)) for n, part in enumerate(state.parts)])
+            self._devices([decode(part.described, part.payload) for part in state.parts])
 
     def _devices(self, devices: list[Device]) -> None:
         """Number of vCPUs, and what is at each PCI address."""

@@ -79,15 +79,12 @@ def judge_end(data: bytes) -> End:
 
 @dataclass(frozen=True)
 class Part:
-    """A device section: name, instance and version as in its header; payload: where its fields lie in the bytes given.
-
-    described: its entry in the description.
-    """
+    """A device section: name, instance and version as in its header, the bytes of its fields, and its description."""
 
     name: str
     instance: int
     version: int
-    payload: slice
+    payload: bytes
     described: dict[str, Any]
 
 
@@ -102,8 +99,8 @@ def sections(data: bytes, devices: list[dict[str, Any]], offset: int) -> list[Pa
         for device in devices:
             if at == len(data):
                 break
-            found.append(_section(data, at, device, offset))
-            at = found[-1].payload.stop + layout.FOOTER.size
+            part, at = _section(data, at, device, offset)
+            found.append(part)
     except UNREADABLE as error:
         raise Damaged(f"the description at the end cannot be read: {error}") from error
     if at < len(data):
@@ -111,7 +108,8 @@ def sections(data: bytes, devices: list[dict[str, Any]], offset: int) -> list[Pa
     return found
 
 
-def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> Part:
+def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> tuple[Part, int]:
+    """The section at `at`, and where the next one begins."""
     name, instance, size = str(device["name"]), int(device["instance_id"]), _size(device)
     header = bytes([len(name.encode())]) + name.encode() + layout.U32.pack(instance)
     begin = at + 5 + len(header) + 4
@@ -124,7 +122,7 @@ def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> Part:
         text = f"no footer of section {name!r} at offset {offset + begin + size}, where the description has its end: "
         raise Damaged(f"{text}expected {footer.hex(' ')}, found {found.hex(' ') or 'nothing'}")
     version = int.from_bytes(data[begin - 4 : begin], "big")
-    return Part(name, instance, version, slice(begin, begin + size), device)
+    return Part(name, instance, version, data[begin : begin + size], device), begin + size + layout.FOOTER.size
 
 
 def _size(device: dict[str, Any]) -> int:

@@ -131,7 +131,7 @@ def devices_at_end(data: bytes) -> list[Device] | None:
     mark, start = place
     part = data[len(data) - end.tail : mark]
     described = parse_description(data[start:])["devices"][-end.devices :]
-    return [decode(found.described, part[found.payload]) for found in sections(part, described, 0)]
+    return [decode(found.described, found.payload) for found in sections(part, described, 0)]
 
 
 def find_field(device: Device, path: str) -> Field:

@@ -38,8 +38,9 @@ NAME_LIMIT = 255
 # Behind the footer of the last device; the description is JSON, an object.
 MARK = re.compile(rb"\x7e....\x00\x06(....)\{", re.DOTALL)
 MARK_SIZE = 12
-# The first section that has rounds, behind the footer of device sections that came before it
-ROUNDS = re.compile(rb"\x7e....(\x01....(?:\x03ram|\x0cdirty-bitmap|\x05block))", re.DOTALL)
+# A section that has rounds, behind the footer of device sections that came before it: its START, or the first round
+ROUNDS = rb"\x7e....(\x01....(?:\x03ram|\x0cdirty-bitmap|\x05block)%b)"
+ROUNDS_SIZE = 23
 FULL_TAGS = (layout.QEMU_VM_SECTION_START, layout.QEMU_VM_SECTION_FULL)
 SECTION_TAGS = (*FULL_TAGS, layout.QEMU_VM_SECTION_PART, layout.QEMU_VM_SECTION_END)
 AFTER_FOOTER = (*SECTION_TAGS, layout.QEMU_VM_COMMAND, layout.QEMU_VM_EOF)
@@ -57,6 +58,7 @@ class StateReader:
         self.window = Window(source, sink)
         self.ram = Ram(self.window)
         self._names: dict[int, bytes] = {}
+        self._rounds = False
 
     def __iter__(self) -> Iterator[Record]:
         yield self._start()
@@ -65,7 +67,7 @@ class StateReader:
             tag = self._bytes(1, "the tag of a section")[0]
             if tag == layout.QEMU_VM_COMMAND:
                 yield self._command()
-            elif tag == layout.QEMU_VM_SECTION_FULL and not self._names:
+            elif tag == layout.QEMU_VM_SECTION_FULL and not self._rounds:
                 yield self._early()
             elif tag == layout.QEMU_VM_SECTION_FULL:
                 yield from self._devices_to_end()
@@ -195,6 +197,7 @@ class StateReader:
 
     def _section(self, tag: int) -> Iterator[Record]:
         header = self._header(tag)
+        self._rounds |= tag != layout.QEMU_VM_SECTION_START
         number, name = header.number, self._names.get(header.number)
         if tag == layout.QEMU_VM_SECTION_START:
             assert header.name is not None
@@ -273,31 +276,31 @@ class StateReader:
 
     def _opaque(self, number: int, name: bytes) -> Opaque:
         """What its own footer ends, with something behind it that can follow a footer."""
-        footer = layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number)
+        footer = re.escape(layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number))
+        end = re.compile(footer + b"[%b]" % bytes(AFTER_FOOTER), re.DOTALL)
         offset, searched = self._at, 0
-        while len(self.window.have()) <= BODY_LIMIT:
-            data = bytes(self.window.have())
-            while (place := data.find(footer, searched)) >= 0:
-                behind = data[place + 5 : place + 6]
-                if not behind:
-                    break
-                if behind[0] in AFTER_FOOTER:
-                    self.window.take(place)
-                    return Opaque(data[:place], offset=offset)
-                searched = place + 1
-            searched = max(searched, len(data) - 5, 0)
+        while len(view := self.window.have()) <= BODY_LIMIT:
+            if place := end.search(view, searched):
+                data = bytes(view[: place.start()])
+                self.window.take(len(data))
+                return Opaque(data, offset=offset)
+            searched = max(0, len(view) - layout.FOOTER.size)
             if not self.window.more():
                 raise Damaged(f"truncated at offset {self.window.came}, in section {_text(name)}")
         raise Damaged(f"no end of section {_text(name)} within {BODY_LIMIT} bytes from offset {offset}")
 
     def _early(self) -> Devices:
-        """Device sections before RAM: up to the first section that has rounds."""
+        """Device sections before the first round of RAM: up to a section that has rounds, its START or its first."""
         offset = self._at
-        while len(self.window.have()) <= EARLY_LIMIT:
-            data = bytes(self.window.have())
-            if place := ROUNDS.search(data):
-                self.window.take(place.start(1))
-                return Devices(data[: place.start(1)], True, offset=offset)
+        parts = b"".join(b"|[\x02\x03]" + re.escape(layout.U32.pack(number)) for number in self._names)
+        rounds = re.compile(ROUNDS % parts, re.DOTALL)
+        searched = 0
+        while len(view := self.window.have()) <= EARLY_LIMIT:
+            if place := rounds.search(view, searched):
+                data = bytes(view[: place.start(1)])
+                self.window.take(len(data))
+                return Devices(data, True, offset=offset)
+            searched = max(0, len(view) - ROUNDS_SIZE)
             if not self.window.more():
                 raise Damaged(f"truncated at offset {self.window.came}, in the device sections before RAM")
         raise Damaged(f"no section of RAM within {EARLY_LIMIT} bytes from offset {offset}")
@@ -332,10 +335,17 @@ class StateReader:
                     return mark, end
             waiting = [place for place in waiting if place[2] > size]
             if not self.window.more():
-                where = f"in the device sections that begin at offset {self._at}"
-                text = f"truncated at offset {self.window.came}, {where}: no end mark with a whole description there"
-                raise Damaged(text)
+                raise self._no_end(bytes(view[-6:]))
         raise Damaged(f"no end of the device sections within {DEVICES_LIMIT} bytes from offset {self._at}")
+
+    def _no_end(self, last: bytes) -> Damaged:
+        if last[:1] == b"\x7e" and last[5:] == b"\0":
+            text = (
+                f"the state ends with its end mark at offset {self.window.came - 1}: expected a description behind it"
+            )
+            return Damaged(text, "it was cut there, or its guest has -machine suppress-vmdesc=on")
+        where = f"in the device sections that begin at offset {self._at}"
+        return Damaged(f"truncated at offset {self.window.came}, {where}: no end mark with a whole description there")
 
     def _end_without_devices(self) -> Iterator[Record]:
         offset = self._at

@@ -32,7 +32,7 @@ class Survey:
 
     @cached_property
     def devices(self) -> list[Device]:
-        return [decode(part.described, self.state.payload(number)) for number, part in enumerate(self.state.parts)]
+        return [decode(part.described, part.payload) for part in self.state.parts]
 
     @cached_property
     def maps(self) -> list[PageMap]:

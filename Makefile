@@ -9,10 +9,11 @@ BIN     := $(CURDIR)/$(VENV)/bin
 COMMANDS := $(notdir $(wildcard bin/vm-*))
 PAGES   := $(wildcard man/*.[1-8])
 TESTS   ?= tests
+FUZZ_TIME ?= 60
 # Where the commands and everything else that make needs are found first.
 export PATH := $(BIN):$(PATH):/usr/sbin:/sbin
 
-.PHONY: help env demo check check-qemu10 lint test bench man install uninstall clean apt
+.PHONY: help env demo check check-qemu10 lint test fuzz bench man install uninstall clean apt
 
 help:
 	@echo 'make demo          save a running guest, encrypted, end it, bring it back (sets everything up first)'
@@ -21,6 +22,7 @@ help:
 	@echo 'make env           only the set-up: system packages, $(VENV), the test guest'
 	@echo 'make lint          ruff, mypy, man pages'
 	@echo 'make test          the tests alone; TESTS=tests/unit for some of them'
+	@echo 'make fuzz          any bytes as a state, for FUZZ_TIME (now $(FUZZ_TIME)) seconds; goes on in $(CACHE)/fuzz'
 	@echo 'make bench         figures beside what one would pick instead; writes bench/out/'
 	@echo 'make man           the man pages as text, in build/man'
 	@echo 'make install       into PREFIX (now $(PREFIX)), below DESTDIR'
@@ -51,6 +53,10 @@ check-qemu10: env
 	@tests/qemu10 $(CACHE)/qemu10
 	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(BIN)/pytest --numprocesses 2 tests/guest
 
+fuzz: $(VENV)/.stamp
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check atheris
+	@$(BIN)/python tests/fuzz/fuzz_stream.py $(CACHE)/fuzz -max_total_time=$(FUZZ_TIME)
+
 lint:
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -70,8 +76,8 @@ install:
 
 uninstall:
 	rm -rf '$(DESTDIR)$(PREFIX)/lib/vmstate'
-	cd '$(DESTDIR)$(PREFIX)' && rm -f $(COMMANDS:%=bin/%) $(PAGES:man/%.1=share/man/man1/%.1) \
-	    share/man/man7/vmstate.7 $(COMMANDS:%=share/bash-completion/completions/%)
+	cd '$(DESTDIR)$(PREFIX)' && rm -f $(COMMANDS:%=bin/%) $(COMMANDS:%=share/bash-completion/completions/%) \
+	    $(foreach page,$(PAGES),share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page)))
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out lib/*.egg-info

@@ -25,4 +25,5 @@ _vmstate()
     [[ $command != *vm-announce ]] || COMPREPLY+=($(compgen -W "$(ls /sys/class/net 2>/dev/null)" -- "$current"))
 }
 
-complete -o filenames -F _vmstate vm-announce vm-compress vm-cont vm-dump vm-encrypt vm-restore vm-status vm-stop
+complete -o filenames -F _vmstate \
+    vm-announce vm-compress vm-cont vm-dump vm-encrypt vm-inspect vm-restore vm-status vm-stop vm-verify

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .check import State
+from .description import find_end
 from .devices import Device, decode, devices_at_end
 from .errors import Damaged, Misfit, Refused
 from .facts import pci as pci_of
@@ -29,22 +30,24 @@ class Against:
     path: str
     unknown: list[str] = field(default_factory=lambda: list(UNKNOWN))
     _machine: str = ""
+    _ahead: list[Device] | None = None
     _compared: bool = False
 
     def look_ahead(self, fd: int) -> None:
-        """Where the input is a file that holds a plain state, its devices are at its end, and are compared at once."""
+        """Where the input is a file that holds a plain state, its devices are at its end, and are compared early."""
         try:
             start, size = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size
-            at = max(start, size - HOLD)
-            found = devices_at_end(os.pread(fd, size - at, at))
+            data = os.pread(fd, min(HOLD, size - start), max(start, size - HOLD))
+            end = find_end(data)
+            # Not where they are more than that: the first ones would be missing.
+            if end and end.tail < len(data):
+                self._ahead = devices_at_end(data)
         except (OSError, Damaged):
             # A pipe; or what the judge will say more about.
             return
-        if found:
-            self._devices(found)
 
     def see(self, record: Record) -> None:
-        """Machine type and RAM blocks, as soon as they come."""
+        """Machine type and RAM blocks, as soon as they come; then the devices that were found ahead."""
         if isinstance(record, Configuration):
             self._machine = record.machine.decode("utf-8", "backslashreplace")
         if isinstance(record, Blocks):
@@ -52,6 +55,8 @@ class Against:
                 require_waiting(monitor, self.path)
                 blocks = tuple((block.text, block.size) for block in record.blocks)
                 self._judge(misfits(monitor, self.path, self._machine, blocks))
+            if self._ahead:
+                self._devices(self._ahead)
 
     def settle(self, state: State) -> None:
         """What is left to compare, once the state is known to be whole."""

@@ -84,7 +84,7 @@ class Part:
     name: str
     instance: int
     version: int
-    payload: bytes
+    payload: memoryview
     described: dict[str, Any]
 
 
@@ -122,7 +122,9 @@ def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> tuple
         text = f"no footer of section {name!r} at offset {offset + begin + size}, where the description has its end: "
         raise Damaged(f"{text}expected {footer.hex(' ')}, found {found.hex(' ') or 'nothing'}")
     version = int.from_bytes(data[begin - 4 : begin], "big")
-    return Part(name, instance, version, data[begin : begin + size], device), begin + size + layout.FOOTER.size
+    return Part(
+        name, instance, version, memoryview(data)[begin : begin + size], device
+    ), begin + size + layout.FOOTER.size
 
 
 def _size(device: dict[str, Any]) -> int:
@@ -177,12 +179,12 @@ def _is_section(data: bytes, first: int, behind: int, header: bytes) -> bool:
     )
 
 
-def runstate_of(payload: bytes, device: dict[str, Any]) -> str:
+def runstate_of(payload: bytes | memoryview, device: dict[str, Any]) -> str:
     """The run state in a globalstate section (migration/global_state.c)."""
     at = 0
     for entry in device["fields"]:
         size = int(entry["size"]) * int(entry.get("array_len", 1))
         if entry["name"] == "runstate":
-            return payload[at : at + size].split(b"\0")[0].decode("ascii", "replace")
+            return bytes(payload[at : at + size]).split(b"\0")[0].decode("ascii", "replace")
         at += size
     return ""

@@ -5,13 +5,14 @@ one chance in 2 to the 64.
 """
 
 import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import layout
+from . import layout, pages
 from .errors import Damaged
-from .pages import AGAIN, CHUNK, NORMAL, PageMap
+from .pages import AGAIN, CHUNK, PageMap
 from .records import Packed, Pages, Record
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 SEED = 0x766D7374
 # How a page is drawn and counted
 UNSENT, ZERO, PLAIN, DUPLICATE, REWRITTEN = range(5)
+# By the values of PageMap.kinds
+_KINDS = np.zeros(256, np.uint8)
+_KINDS[[pages.ZERO, pages.ZERO | AGAIN]] = ZERO
+_KINDS[[pages.NORMAL, pages.NORMAL | AGAIN]] = PLAIN
 
 
 class Fingerprints:
@@ -49,8 +54,15 @@ class Fingerprints:
         pieces = [chunks.get(number, empty) for number in range(-(-page_map.pages // CHUNK))]
         return np.concatenate(pieces)[: page_map.pages] if pieces else empty[:0]
 
+    def pieces(self) -> Iterator[tuple[bytes, "NDArray[np.uint32]", "Numbers"]]:
+        """Block, page numbers and fingerprints of the pages that are not zero, in the order of blocks and addresses."""
+        for name, chunks in self._chunks.items():
+            for number in sorted(chunks):
+                places = np.flatnonzero(chunks[number])
+                yield name, (places + number * CHUNK).astype(np.uint32), chunks[number][places]
+
     def _see_packed(self, record: Packed) -> None:
-        page = 1 << layout.PAGE_BITS
+        page = record.page
         index = record.address // page
         if record.flag == layout.RAM_SAVE_FLAG_COMPRESS_PAGE:
             content = np.frombuffer(_inflated(record, page), np.uint64)[None, :]
@@ -108,20 +120,26 @@ def _inflated(record: Packed, page: int) -> bytes:
 
 def kinds(maps: list[PageMap], prints: Fingerprints) -> dict[bytes, "NDArray[np.uint8]"]:
     """For each block what each page is: UNSENT, ZERO, PLAIN, DUPLICATE (an earlier page is the same), REWRITTEN."""
-    numbers = [prints.of(page_map) for page_map in maps]
-    joined = np.concatenate(numbers) if numbers else np.zeros(0, np.uint64)
-    same = np.ones(len(joined), bool)
-    same[np.unique(joined, return_index=True)[1]] = False
-    found, at = {}, 0
-    for page_map in maps:
-        sent = np.frombuffer(page_map.kinds(), np.uint8)
-        normal = sent & NORMAL != 0
-        kind = np.where(sent == 0, UNSENT, np.where(normal, PLAIN, ZERO)).astype(np.uint8)
-        kind[normal & same[at : at + page_map.pages]] = DUPLICATE
-        kind[sent & AGAIN != 0] = REWRITTEN
-        found[page_map.block.name] = kind
-        at += page_map.pages
+    sent = {page_map.block.name: np.frombuffer(page_map.kinds(), np.uint8) for page_map in maps}
+    found = {name: _KINDS[values] for name, values in sent.items()}
+    pieces = list(prints.pieces())
+    same = _repeated([numbers for _, _, numbers in pieces])
+    for name, places, numbers in pieces:
+        found[name][places[same[: len(numbers)]]] = DUPLICATE
+        same = same[len(numbers) :]
+    for name, values in sent.items():
+        found[name][values & AGAIN != 0] = REWRITTEN
     return found
+
+
+def _repeated(pieces: "list[Numbers]") -> "NDArray[np.bool_]":
+    """Which of all numbers have come before."""
+    joined = np.concatenate(pieces) if pieces else np.zeros(0, np.uint64)
+    order = np.argsort(joined, kind="stable")
+    joined = joined[order]
+    same = np.zeros(len(order), bool)
+    same[order[1:][joined[1:] == joined[:-1]]] = True
+    return same
 
 
 def differing(one: "Numbers", other: "Numbers") -> list[tuple[int, int]]:

@@ -52,17 +52,25 @@ class Standing:
 
 @dataclass
 class Found:
-    """What a command found and is to put back: capabilities, parameters, and whether the guest ran."""
+    """What a command found and is to put back: capabilities, parameters, and whether the guest ran.
+
+    changed: the parameters as the command has set them.
+    """
 
     capabilities: list[dict[str, Any]] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)
     ran: bool = False
 
     def put_back(self, monitor: Monitor) -> None:
         if self.capabilities:
             monitor.ask("migrate-set-capabilities", capabilities=self.capabilities)
         if self.parameters:
-            monitor.ask("migrate-set-parameters", **self.parameters)
+            now = monitor.ask("query-migrate-parameters")
+            # What another command has set meanwhile (vm-speed) stays.
+            ours = {name: had for name, had in self.parameters.items() if now.get(name) == self.changed.get(name)}
+            if ours:
+                monitor.ask("migrate-set-parameters", **ours)
         self.capabilities, self.parameters = [], {}
 
 
@@ -129,6 +137,7 @@ def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], f
             parameters[name] = value
     changed = {name: value for name, value in parameters.items() if name in had and had[name] != value}
     found.parameters = {name: had[name] for name in changed}
+    found.changed = changed
     if wanted != back:
         found.capabilities = back
     if wanted != capabilities:
@@ -159,6 +168,32 @@ def stop(path: str) -> Standing:
         if standing.run == "inmigrate":
             raise CannotDo(f"the guest at {path} waits for a state: there is nothing to stop")
         monitor.ask("stop")
+        return look(monitor)
+
+
+def cancel(path: str) -> Standing:
+    """End the migration of a guest that still has its state; CannotDo where there is none, or it is too late."""
+    with Monitor(path) as monitor:
+        standing = look(monitor)
+        if standing.run == "inmigrate":
+            hint = "end the command that restores it; a QEMU that has begun to load cannot load again"
+            raise CannotDo(f"the guest at {path} is the one that takes a state", hint)
+        if not standing.moving:
+            raise CannotDo(f"the guest at {path} is not migrating ({standing.migration})", f"vm-status {path}")
+        if standing.migration.startswith("postcopy"):
+            text = f"the guest at {path} runs at its destination already ({standing.migration})"
+            raise CannotDo(text, "from the switchover of postcopy on there is no way back")
+        monitor.ask("migrate_cancel")
+    standing = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to be cancelled")
+    if standing.migration == "completed":
+        raise CannotDo(f"the migration of the guest at {path} had completed before", f"vm-status {path}")
+    return standing
+
+
+def limit(path: str, rate: int) -> Standing:
+    """From now on a migration of the guest sends at most `rate` bytes a second; 0: as fast as it goes."""
+    with Monitor(path) as monitor:
+        monitor.ask("migrate-set-parameters", max_bandwidth=rate)
         return look(monitor)
 
 

@@ -351,7 +351,8 @@ class Window:
         target = self._buffer
         if ahead > len(target) // 2:
             target = memoryview(bytearray(2 * len(target)))
-        target[:ahead] = bytes(self._buffer[self._at : self._end])
+        # The two may overlap; views are moved as memmove does.
+        target[:ahead] = self._buffer[self._at : self._end]
         self._buffer = target
         self._before += self._at
         self._left, self._at, self._end = 0, 0, ahead

@@ -60,6 +60,8 @@ class PageMap:
         return b"".join(chunks)[: self.pages]
 
     def count(self) -> dict[str, int]:
-        """Pages by what they are at the end of the stream."""
+        """Pages by what they are at the end of the stream; rewritten: those of them that were sent more than once."""
         normal = sum(chunk.count(NORMAL) + chunk.count(NORMAL | AGAIN) for chunk in self._chunks.values())
-        return {"zero": self.covered - normal, "normal": normal, "unsent": self.pages - self.covered}
+        again = sum(chunk.count(ZERO | AGAIN) + chunk.count(NORMAL | AGAIN) for chunk in self._chunks.values())
+        values = {"zero": self.covered - normal, "normal": normal}
+        return {**values, "unsent": self.pages - self.covered, "rewritten": again}

@@ -124,7 +124,7 @@ class Ram:
             head += 4
         data = bytes(self._bytes(head + size, "a packed page")[head:])
         self._window.take(head + size)
-        return Packed(block, flag, named, address, data, offset=offset)
+        return Packed(block, flag, named, address, data, self.page, offset=offset)
 
     def _block_of(self, offset: int, word: int) -> tuple[bool, Block, int]:
         """Whether the record has its block's name, the block, and the size of word and name."""

@@ -30,7 +30,7 @@ from .records import (
 )
 
 # A state of 200 vCPUs has some 3 MB of devices, a virtio-gpu may have tens.
-DEVICES_LIMIT = 96 << 20
+DEVICES_LIMIT = 64 << 20
 DESCRIPTION_LIMIT = 16 << 20
 EARLY_LIMIT = 8 << 20
 BODY_LIMIT = 32 << 20
@@ -38,6 +38,7 @@ NAME_LIMIT = 255
 # Behind the footer of the last device; the description is JSON, an object.
 MARK = re.compile(rb"\x7e....\x00\x06(....)\{", re.DOTALL)
 MARK_SIZE = 12
+NUL = re.compile(rb"\x00")
 # A section that has rounds, behind the footer of device sections that came before it: its START, or the first round
 ROUNDS = rb"\x7e....(\x01....(?:\x03ram|\x0cdirty-bitmap|\x05block)%b)"
 ROUNDS_SIZE = 23
@@ -308,10 +309,10 @@ class StateReader:
     def _devices_to_end(self) -> Iterator[Record]:
         offset = self._at
         mark, end = self._find_end()
-        data = bytes(self.window.have()[:end])
-        yield Devices(data[:mark], False, offset=offset)
+        view = self.window.have()[:end]
+        yield Devices(bytes(view[:mark]), False, offset=offset)
         yield EndMark(offset=offset + mark)
-        yield Description(data[mark + layout.END.size :], offset=offset + mark + 1)
+        yield Description(bytes(view[mark + layout.END.size :]), offset=offset + mark + 1)
         self.window.take(end)
 
     def _find_end(self) -> tuple[int, int]:
@@ -327,13 +328,17 @@ class StateReader:
             for place in MARK.finditer(view, searched):
                 begin = place.end() - 1
                 length = int.from_bytes(place[1], "big")
-                if length <= DESCRIPTION_LIMIT:
+                if length <= DESCRIPTION_LIMIT and _may_be_text(view, begin, begin + length):
                     waiting.append((place.start() + 5, begin, begin + length))
-            searched = max(searched, size - MARK_SIZE + 1)
             for mark, begin, end in waiting:
                 if end <= size and _readable(view[begin:end]):
                     return mark, end
-            waiting = [place for place in waiting if place[2] > size]
+            waiting = [
+                (mark, begin, end)
+                for mark, begin, end in waiting
+                if end > size and _may_be_text(view, max(begin, searched), end)
+            ]
+            searched = max(searched, size - MARK_SIZE + 1)
             if not self.window.more():
                 raise self._no_end(bytes(view[-6:]))
         raise Damaged(f"no end of the device sections within {DEVICES_LIMIT} bytes from offset {self._at}")
@@ -358,6 +363,11 @@ class StateReader:
             data = bytes(self._bytes(5 + size, "the description")[5:])
             self.window.take(5 + size)
             yield Description(data, offset=offset + 1)
+
+
+def _may_be_text(view: memoryview, begin: int, end: int) -> bool:
+    """Whether what is there of it has no NUL: so a million of marks cost little."""
+    return not NUL.search(view, begin, min(end, len(view)))
 
 
 def _readable(text: memoryview) -> bool:

@@ -6,6 +6,8 @@ Views of bytes are good until the next record is asked for.
 
 from dataclasses import dataclass, field
 
+from .layout import PAGE_BITS
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -131,6 +133,7 @@ class Packed(Record):
     named: bool
     address: int
     data: bytes
+    page: int = 1 << PAGE_BITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,7 @@ class Incoming:
         self._source = source
         self._qemu = qemu
         self._ahead = ahead
+        self._over = False
         self.came = len(ahead)
         self.passed = 0
         enlarge(qemu.fileno())
@@ -161,11 +162,15 @@ class Incoming:
         return state
 
     def readinto(self, view: memoryview, /) -> int:
+        # Once over, its descriptor may be closed, and its number be another's.
+        if self._over:
+            return 0
         try:
             count = self._source.readinto(view)
         except OSError as error:
             raise Damaged(f"the input broke off at offset {self.came}: {error.strerror}") from error
         self.came += count
+        self._over = not count
         return count
 
     def _pass(self, view: memoryview) -> None:

@@ -11,7 +11,7 @@ from .devices import Device, Struct, decode, to_json
 from .facts import nics, vcpus
 from .fingerprint import DUPLICATE, Fingerprints, differing, kinds
 from .octets import Reader
-from .pages import AGAIN, PageMap
+from .pages import PageMap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,14 +45,12 @@ class Survey:
     def block_values(self, page_map: PageMap) -> dict[str, Any]:
         counts = page_map.count()
         kind = self.kinds[page_map.block.name]
-        rewritten = sum(value & AGAIN != 0 for value in page_map.kinds()) if page_map.again else 0
         return {
             "name": page_map.block.text,
             "bytes": page_map.block.size,
             "page": page_map.page,
             **counts,
             "duplicate": int((kind == DUPLICATE).sum()),
-            "rewritten": rewritten,
             "resent": page_map.again,
         }
 

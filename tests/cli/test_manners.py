@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Done, Guests, run
+from unit.streams import state
 
 COMMANDS = sorted(path.name for path in (ROOT / "bin").glob("vm-*"))
 OF_A_GUEST = ["vm-cont", "vm-dump", "vm-restore", "vm-status", "vm-stop"]
@@ -23,7 +24,10 @@ PACK = ("vm-compress",)
 UNPACK = ("vm-compress", "-d")
 LOCK = ("vm-encrypt", "-r", "me@example.org")
 UNLOCK = ("vm-encrypt", "-d")
-FILTERS = [PACK, UNPACK, LOCK, UNLOCK]
+PASS = ("vm-verify", "--pass")
+FILTERS = [PACK, UNPACK, LOCK, UNLOCK, PASS]
+# What reads a state and answers in words.
+READERS = [("vm-verify",), ("vm-inspect",)]
 # Enough of a state for a command to look for the guest that it is for; no guest is of this machine type.
 HEAD = b"QEVM\0\0\0\3\7\0\0\0\7nothing\1\0\0\0\2\3ram\0\0\0\0\0\0\0\4\0\0\0\0\0\0\0\4"
 
@@ -63,11 +67,21 @@ def samples(gnupg: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
     folder = tmp_path_factory.mktemp("samples")
     plain = folder / "plain"
     plain.write_bytes(os.urandom(24 << 20))
-    found = {PACK: plain, LOCK: plain}
+    found = {PACK: plain, LOCK: plain, PASS: folder / "state"}
+    found[PASS].write_bytes(with_pages(state("pc-7.2"), 6 << 10))
     for back, there in ((UNPACK, PACK), (UNLOCK, LOCK)):
         found[back] = folder / there[0]
         assert run(*there, "-q", "-o", found[back], plain).status == 0
     return found
+
+
+def with_pages(content: bytes, count: int) -> bytes:
+    """A state with a section of RAM more, in which the first page is sent `count` times."""
+    end_of_body = b"\0\0\0\0\0\0\0\x10"
+    at = content.index(end_of_body + b"\x7e") + 13
+    number = content[at - 4 : at]
+    body = (b"\0\0\0\0\0\0\0\x08\6pc.ram" + os.urandom(4096)) * count
+    return content[:at] + b"\2" + number + body + end_of_body + b"\x7e" + number + content[at:]
 
 
 @pytest.fixture
@@ -82,7 +96,7 @@ def terminal() -> Iterator[int]:
 
 
 def test_the_table_is_whole() -> None:
-    assert {*OF_A_GUEST, "vm-announce", *(command[0] for command in FILTERS)} == set(COMMANDS)
+    assert {*OF_A_GUEST, "vm-announce", *(command[0] for command in FILTERS + READERS)} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -154,6 +168,8 @@ def test_quiet_gives_no_hints(command: str) -> None:
         (("vm-compress", "-T", "x"), "--threads"),
         (("vm-compress", "-d", "-3"), "-d"),
         (("vm-encrypt",), "-r KEY"),
+        (("vm-verify", "-o", "f"), "--pass"),
+        (("vm-inspect", "--device", "cpu", "--diff", "f"), "--diff"),
         (("vm-announce", "--rounds", "0"), "--rounds"),
         (("vm-announce", "52:54:00:12:34:56"), "IFACE"),
     ],
@@ -272,7 +288,7 @@ def test_an_answer_that_cannot_be_written(guests: Guests, work: Path) -> None:
 # Terminals
 
 
-@pytest.mark.parametrize("command", [PACK, UNPACK, LOCK, UNLOCK], ids=name_of)
+@pytest.mark.parametrize("command", FILTERS, ids=name_of)
 def test_a_state_is_not_written_to_a_terminal(command: tuple[str, ...], terminal: int, gnupg: Path) -> None:
     done = run(*command, input=b"x", stdout=terminal)
     refused(done, command[0], 2, "standard output is a terminal", "hint: redirect it: > FILE, or | COMMAND")
@@ -290,7 +306,7 @@ def test_a_dump_is_not_written_to_a_terminal(guests: Guests, work: Path, termina
     assert run("vm-dump", "-q", "--to", "cat > s2", "a.qmp", cwd=work, stdout=terminal).status == 0
 
 
-@pytest.mark.parametrize("command", [*FILTERS, ("vm-restore", "a.qmp"), ("vm-announce",)], ids=name_of)
+@pytest.mark.parametrize("command", [*FILTERS, *READERS, ("vm-restore", "a.qmp"), ("vm-announce",)], ids=name_of)
 def test_nothing_is_read_from_a_terminal(command: tuple[str, ...], terminal: int, gnupg: Path) -> None:
     refused(run(*command, stdin=terminal), command[0], 2, "standard input is a terminal", "hint: ")
 
@@ -320,6 +336,12 @@ def test_no_such_file(command: tuple[str, ...], gnupg: Path, work: Path) -> None
     refused(run(*command, "absent", cwd=work), command[0], 1, "cannot open absent: No such file")
     refused(run(*command, "-o", "no/where", cwd=work), command[0], 1, "cannot create no/where: No such file")
     assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", READERS, ids=name_of)
+def test_nothing_to_read(command: tuple[str, ...], work: Path) -> None:
+    refused(run(*command, "absent", cwd=work), command[0], 1, "cannot open absent: No such file")
+    refused(run(*command), command[0], 3, "the input is empty")
 
 
 @pytest.mark.parametrize("command", FILTERS, ids=name_of)
@@ -371,7 +393,8 @@ def test_progress_goes_to_standard_error_alone(
     shown = slowly([*command, "--progress"], content)
     assert re.search(rf"^{command[0]}: .* done, .*/s$", shown.err, re.MULTILINE), shown.err
     objects = slowly([*command, "--progress", "--json"], content)
-    assert {json.loads(line)["type"] for line in objects.err.splitlines()} == {"progress"}
+    said = {"progress", "result"} if command == PASS else {"progress"}
+    assert {json.loads(line)["type"] for line in objects.err.splitlines()} == said
     silent = run(*command, "--no-progress", samples[command])
     assert (silent.status, silent.err) == (0, "")
     if command != LOCK:

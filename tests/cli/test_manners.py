@@ -18,7 +18,7 @@ from conftest import ROOT, Done, Guests, run
 from unit.streams import state
 
 COMMANDS = sorted(path.name for path in (ROOT / "bin").glob("vm-*"))
-OF_A_GUEST = ["vm-cont", "vm-dump", "vm-restore", "vm-status", "vm-stop"]
+OF_A_GUEST = ["vm-cancel", "vm-cont", "vm-dump", "vm-restore", "vm-speed", "vm-status", "vm-stop"]
 # What makes a pure filter work, in both directions.
 PACK = ("vm-compress",)
 UNPACK = ("vm-compress", "-d")
@@ -51,6 +51,10 @@ def refused(done: Done, command: str, status: int, *words: str) -> Done:
     for word in words:
         assert word in done.err
     return done
+
+
+def words_for(command: str, *guest: str) -> list[str]:
+    return [command, *guest, *(["1g"] if command == "vm-speed" else [])]
 
 
 def input_for(command: str) -> dict[str, bytes]:
@@ -184,7 +188,7 @@ def test_wrong_values(command: tuple[str, ...], word: str) -> None:
 @pytest.mark.parametrize("command", OF_A_GUEST)
 def test_no_guest_given(command: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "VM_GUEST"}
-    refused(run(command, env=environment), command, 2, "no guest given", "VM_GUEST")
+    refused(run(*words_for(command), env=environment), command, 2, "no guest given", "VM_GUEST")
 
 
 @pytest.mark.parametrize("command", OF_A_GUEST)
@@ -193,7 +197,7 @@ def test_no_guest_there(command: str, work: Path) -> None:
     with socket.socket(socket.AF_UNIX) as nobody:
         nobody.bind(str(work / "nobody.qmp"))
     for path in ("absent.qmp", "file", ".", "nobody.qmp", "x" * 200):
-        done = run(command, path, cwd=work, **input_for(command))
+        done = run(*words_for(command, path), cwd=work, **input_for(command))
         refused(done, command, 1, f"no guest at {path}")
     assert "QMP socket" in done.err
 
@@ -210,7 +214,8 @@ def test_the_guest_ends_in_the_middle(command: str, work: Path) -> None:
                     client.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\n')
 
         threading.Thread(target=hang_up, daemon=True).start()
-        refused(run(command, "a.qmp", cwd=work, **input_for(command)), command, 1, "a.qmp went away")
+        done = run(*words_for(command, "a.qmp"), cwd=work, **input_for(command))
+        refused(done, command, 1, "a.qmp went away")
 
 
 @pytest.mark.guest
@@ -222,7 +227,7 @@ def test_a_monitor_that_another_client_holds(guests: Guests, work: Path) -> None
         found: dict[str, Done] = {}
 
         def ask(command: str) -> None:
-            found[command] = run(command, "a.qmp", cwd=work, **input_for(command))
+            found[command] = run(*words_for(command, "a.qmp"), cwd=work, **input_for(command))
 
         threads = [threading.Thread(target=ask, args=(command,)) for command in OF_A_GUEST]
         for thread in threads:
@@ -248,7 +253,7 @@ def test_one_that_is_asked_alone_waits_for_five_seconds(guests: Guests, work: Pa
 def test_a_waiting_guest_by_name_and_by_variable(guests: Guests, work: Path) -> None:
     """What cannot be done with it is said alike, and it waits on."""
     guest = guests.waiting("a", kind="metal")
-    wanted = {"vm-cont": 1, "vm-dump": 1, "vm-restore": 4, "vm-stop": 1}
+    wanted = {"vm-cancel": 1, "vm-cont": 1, "vm-dump": 1, "vm-restore": 4, "vm-stop": 1}
     for command, status in wanted.items():
         by_name = run(command, "a.qmp", cwd=work, **input_for(command))
         by_variable = run(command, cwd=work, env={**os.environ, "VM_GUEST": "a.qmp"}, **input_for(command))

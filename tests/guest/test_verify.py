@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, shell
 from vm import Guest
-from vmstate.octets import FdReader
+from vmstate import layout
+from vmstate.description import description_at_end
+from vmstate.octets import HOLD, FdReader
 from vmstate.reader import StateReader
 from vmstate.records import Packed, Pages
 
@@ -127,6 +129,23 @@ def test_two_vcpus_against_one(guests: Guests, work: Path) -> None:
     refused(shell("vm-verify --against b.qmp s", work), 4, "the state has 2 vCPUs, the guest at b.qmp has 1")
     guest.end()
     guests.waiting(**two)
+    silent(shell("vm-verify --against b.qmp s", work))
+
+
+def with_a_large_device(state: bytes, size: int) -> bytes:
+    """A device more, before globalstate."""
+    mark, start = description_at_end(state) or (0, 0)
+    at, text = state.rindex(b"\x0bglobalstate", 0, mark) - 5, state[start:]
+    entry = {"name": "gpu", "instance_id": 0, "fields": [{"name": "picture", "type": "buffer", "size": size}]}
+    text = text.replace(b'{"name": "globalstate"', json.dumps(entry).encode() + b', {"name": "globalstate"')
+    section = b"\4\0\0\0\x99\3gpu" + bytes(8 + size) + b"\x7e\0\0\0\x99"
+    return b"".join((state[:at], section, state[at:mark], layout.END.pack(0, 6, len(text)), text))
+
+
+def test_against_with_more_devices_than_are_looked_at_ahead(guests: Guests, work: Path) -> None:
+    """The vCPUs are then not among those at the end of the file."""
+    (work / "s").write_bytes(with_a_large_device(dumped(guests, work).read_bytes(), HOLD))
+    guests.waiting()
     silent(shell("vm-verify --against b.qmp s", work))
 
 

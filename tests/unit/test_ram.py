@@ -246,7 +246,7 @@ def test_nothing_was_sent() -> None:
     found = PageMap(Block(b"x", 3 * PAGE), PAGE)
     assert (found.covered, found.again, found.first_unsent()) == (0, 0, 0)
     assert found.kinds() == bytes((UNSENT,)) * 3
-    assert found.count() == {"zero": 0, "normal": 0, "unsent": 3}
+    assert found.count() == {"zero": 0, "normal": 0, "unsent": 3, "rewritten": 0}
 
 
 def test_sent_again() -> None:
@@ -258,7 +258,7 @@ def test_sent_again() -> None:
     assert list(found.kinds()) == [NORMAL, ZERO | AGAIN, NORMAL | AGAIN, UNSENT]
     assert (found.covered, found.again, found.first_unsent()) == (3, 2, 3 * PAGE)
     assert [found.sent(number * PAGE) for number in range(4)] == [True, True, True, False]
-    assert found.count() == {"zero": 1, "normal": 2, "unsent": 1}
+    assert found.count() == {"zero": 1, "normal": 2, "unsent": 1, "rewritten": 2}
 
 
 def test_a_size_that_is_no_multiple_of_a_page() -> None:
@@ -292,5 +292,6 @@ def test_as_one_would_count_them(pages: int, marks: list[tuple[int, int, bool]])
     assert found.kinds() == bytes(plain_list)
     assert (found.covered, found.again) == (pages - plain_list.count(UNSENT), again)
     assert found.first_unsent() == (plain_list.index(UNSENT) * PAGE if UNSENT in plain_list else None)
-    normal = sum(kind & NORMAL != 0 for kind in plain_list)
-    assert found.count() == {"zero": found.covered - normal, "normal": normal, "unsent": plain_list.count(UNSENT)}
+    normal, twice = (sum(kind & flag != 0 for kind in plain_list) for flag in (NORMAL, AGAIN))
+    counts = {"zero": found.covered - normal, "normal": normal, "unsent": plain_list.count(UNSENT)}
+    assert found.count() == {**counts, "rewritten": twice}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import layout
-from .description import UNREADABLE, Part, runstate_of, sections
+from .description import UNREADABLE, Part, name_of, runstate_of, sections, undescribed
 from .devices import parse_description
 from .errors import Damaged
 from .octets import Reader
@@ -153,10 +153,16 @@ class Judge:
         state = self.state
         state.description = parse_description(description.data)
         devices = list(state.description["devices"])
+        names = {str(device["name"]) for device in devices}
+        rest = devices
         for record in self._devices:
-            state.parts += sections(record.data, devices[len(state.parts) :], record.offset)
-        if len(state.parts) < len(devices):
-            name = devices[len(state.parts)].get("name")
+            if record.early and name_of(record.data) not in names:
+                state.parts.append(undescribed(record.data, record.offset))
+                continue
+            found = sections(record.data, rest, record.offset)
+            state.parts, rest = state.parts + found, rest[len(found) :]
+        if rest:
+            name = rest[0].get("name")
             raise Damaged(f"end mark at offset {description.offset - 1}, but the description expects section {name!r}")
         for part in state.parts:
             if part.name == "globalstate":

@@ -10,7 +10,7 @@ from typing import Any
 
 from .check import State
 from .description import find_end
-from .devices import Device, decode, devices_at_end
+from .devices import Device, decode_part, devices_at_end
 from .errors import Damaged, Misfit, Refused
 from .facts import pci as pci_of
 from .monitor import Monitor
@@ -61,7 +61,7 @@ class Against:
     def settle(self, state: State) -> None:
         """What is left to compare, once the state is known to be whole."""
         if not self._compared:
-            self._devices([decode(part.described, part.payload) for part in state.parts])
+            self._devices([decode_part(part) for part in state.parts])
 
     def _devices(self, devices: list[Device]) -> None:
         """Number of vCPUs, and what is at each PCI address."""

@@ -17,6 +17,7 @@ from .errors import Damaged
 from .octets import HOLD
 
 FULL = bytes((layout.QEMU_VM_SECTION_FULL,))
+FOOTER = bytes((layout.QEMU_VM_SECTION_FOOTER,))
 # What values of a wrong kind or size lead to, in a description that was damaged or forged
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
 
@@ -79,7 +80,7 @@ def judge_end(data: bytes) -> End:
 
 @dataclass(frozen=True)
 class Part:
-    """A device section: name, instance and version as in its header, the bytes of its fields, and its description."""
+    """A device section: name, instance and version as in its header, its fields, and its description ({}: none)."""
 
     name: str
     instance: int
@@ -108,6 +109,22 @@ def sections(data: bytes, devices: list[dict[str, Any]], offset: int) -> list[Pa
     return found
 
 
+def name_of(data: bytes) -> str:
+    """The name of the device section that `data` begins with."""
+    return data[6 : 6 + data[5]].decode("utf-8", "backslashreplace")
+
+
+def undescribed(data: bytes, offset: int) -> Part:
+    """The one device section in `data`, of which the description says nothing; what is in it cannot be told."""
+    behind = 6 + data[5]
+    name, footer = name_of(data), FOOTER + data[1:5]
+    if len(data) < behind + 8 + len(footer) or data[-len(footer) :] != footer:
+        text = f"no footer of section {name!r} at offset {offset + len(data) - len(footer)}: expected {footer.hex(' ')}"
+        raise Damaged(f"{text}, found {data[-len(footer) :].hex(' ')}")
+    instance, version = (int.from_bytes(data[at : at + 4], "big") for at in (behind, behind + 4))
+    return Part(name, instance, version, memoryview(data)[behind + 8 : -len(footer)], {})
+
+
 def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> tuple[Part, int]:
     """The section at `at`, and where the next one begins."""
     name, instance, size = str(device["name"]), int(device["instance_id"]), _size(device)
@@ -116,7 +133,7 @@ def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> tuple
     if data[at : at + 1] != FULL or data[at + 5 : at + 5 + len(header)] != header or size < 0:
         found = data[at : at + 5 + len(header)]
         raise Damaged(f"no section {name!r} at offset {offset + at}: the description expects it, found {found!r}")
-    footer = bytes((layout.QEMU_VM_SECTION_FOOTER,)) + data[at + 1 : at + 5]
+    footer = FOOTER + data[at + 1 : at + 5]
     if data[begin + size : begin + size + layout.FOOTER.size] != footer:
         found = data[begin + size : begin + size + layout.FOOTER.size]
         text = f"no footer of section {name!r} at offset {offset + begin + size}, where the description has its end: "

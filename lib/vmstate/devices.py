@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from . import layout
-from .description import UNREADABLE, description_at_end, find_end, sections
+from .description import UNREADABLE, Part, description_at_end, find_end, sections
 from .errors import Damaged
 
 # By the first word of the type, since "int32 le" and "uint8 equal" name a check of the loader; all are big-endian.
@@ -120,6 +120,13 @@ def decode(device: dict[str, Any], payload: bytes | memoryview) -> Device:
         raise reader.damage(f"its description cannot be read: {error!r:.200}") from error
 
 
+def decode_part(part: Part) -> Device:
+    """`decode` for a section found in a stream; one without a description is left as bytes."""
+    if not part.described:
+        return Device(part.name, part.instance, part.version, len(part.payload), None, bytes(part.payload))
+    return decode(part.described, part.payload)
+
+
 def devices_at_end(data: bytes) -> list[Device] | None:
     """The device sections of the state whose last bytes are `data`; None where `data` does not end like a state.
 
@@ -131,7 +138,7 @@ def devices_at_end(data: bytes) -> list[Device] | None:
     mark, start = place
     part = data[len(data) - end.tail : mark]
     described = parse_description(data[start:])["devices"][-end.devices :]
-    return [decode(found.described, found.payload) for found in sections(part, described, 0)]
+    return [decode_part(found) for found in sections(part, described, 0)]
 
 
 def find_field(device: Device, path: str) -> Field:

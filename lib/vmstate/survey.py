@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import layout
 from .check import State, judge
-from .devices import Device, Struct, decode, to_json
+from .devices import Device, Struct, decode_part, to_json
 from .facts import nics, vcpus
 from .fingerprint import DUPLICATE, Fingerprints, differing, kinds
 from .octets import Reader
@@ -32,7 +32,7 @@ class Survey:
 
     @cached_property
     def devices(self) -> list[Device]:
-        return [decode(part.described, part.payload) for part in self.state.parts]
+        return [decode_part(part) for part in self.state.parts]
 
     @cached_property
     def maps(self) -> list[PageMap]:

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmstate import facts, layout
+from vmstate.check import judge
 from vmstate.description import _size, description_at_end
-from vmstate.devices import NUMBERS, Device, Field, Struct, decode, find_field, parse_description, to_json
+from vmstate.devices import NUMBERS, Device, Field, Struct, decode, decode_part, find_field, parse_description, to_json
 from vmstate.errors import Damaged
 
-from unit.streams import NAMES, names, refused, state
+from unit.streams import NAMES, Pieces, names, refused, state
 
 ALL = [name for name in names() if refused(name) is None or name.startswith(("multifd", "mapped-ram"))]
 
@@ -489,6 +490,23 @@ def judged(description: dict[str, Any], payload: bytes) -> None:
         return
     json.dumps(to_json(found)).encode()
     assert found.root and found.root.size <= len(payload)
-    for judge in (facts.vcpus, facts.nics, facts.pci, facts.runstate):
-        judge([found])
+    for look in (facts.vcpus, facts.nics, facts.pci, facts.runstate):
+        look([found])
     facts.virtio(found)
+
+
+def test_a_section_before_ram_that_is_not_described_is_shown_as_bytes() -> None:
+    data = state("virtio-mem-10.0")
+    mark, start = description_at_end(data) or (0, 0)
+    description = json.loads(data[start:])
+    early = description["devices"].pop(0)
+    text = json.dumps(description).encode()
+    whole = data[:mark] + layout.END.pack(0, 6, len(text)) + text
+    part = judge(Pieces(whole)).parts[0]
+    shown = decode_part(part)
+    assert (shown.name, shown.instance, shown.root) == (early["name"], early["instance_id"], None)
+    assert shown.raw == judge(Pieces(data)).parts[0].payload
+    # Its footer is looked at all the same.
+    at = data.index(early["name"].encode()) - 5
+    with pytest.raises(Damaged, match="no footer of section"):
+        judge(Pieces(whole[:at] + b"\xff" + whole[at + 1 :]))

@@ -20,6 +20,17 @@ from .records import Blocks, Command, Configuration, Description, Devices, EndMa
 
 # Sections that tell that pages may be missing: unplugged memory, pages that the guest said are free
 GAPS = ("virtio-mem", "virtio-balloon-device/free-page-report")
+# The one device with a section before the rounds of RAM, which the description may leave out
+EARLY = "virtio-mem-device-early"
+# The commands of a state that is whole; the others belong to a move that goes on in postcopy, or to COLO.
+WHOLE = (
+    layout.MIG_CMD_OPEN_RETURN_PATH,
+    layout.MIG_CMD_PING,
+    layout.MIG_CMD_POSTCOPY_ADVISE,
+    layout.MIG_CMD_SWITCHOVER_START,
+)
+# Forged states could scatter a page a chunk over any size of RAM.
+SPARSE_LIMIT = 128 << 20
 RESUME = "this is the channel of a postcopy move: no whole state is in it"
 
 
@@ -76,6 +87,9 @@ class Judge:
         page_map = self.state.maps[record.block.name]
         for address, count in record.runs:
             page_map.mark(address, count, record.zero)
+        if page_map.held > SPARSE_LIMIT and page_map.covered < page_map.held // 8:
+            where = f"RAM block {page_map.block.text!r}, at offset {record.offset}"
+            raise Damaged(f"pages are scattered all over {where}: {page_map.covered} of {page_map.pages}")
 
     def _see_blocks(self, record: Blocks) -> None:
         self.state.maps = {block.name: PageMap(block, self.state.page) for block in record.blocks}
@@ -100,9 +114,9 @@ class Judge:
 
     def _see_command(self, record: Command) -> None:
         self.state.commands.append(record.number)
-        if record.package is not None:
+        if record.number not in WHOLE:
             hint = "only the QEMU at the other end could resume it; save the guest with vm-dump"
-            raise Damaged(f"{RESUME}: found a package of devices at offset {record.offset}", hint)
+            raise Damaged(f"{RESUME}: found command {record.number} at offset {record.offset}", hint)
 
     def _see_section(self, record: Section) -> None:
         if record.tag == layout.QEMU_VM_SECTION_START:
@@ -156,7 +170,7 @@ class Judge:
         names = {str(device["name"]) for device in devices}
         rest = devices
         for record in self._devices:
-            if record.early and name_of(record.data) not in names:
+            if record.early and (name := name_of(record.data)).endswith(EARLY) and name not in names:
                 state.parts.append(undescribed(record.data, record.offset))
                 continue
             found = sections(record.data, rest, record.offset)

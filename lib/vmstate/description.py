@@ -139,6 +139,9 @@ def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> tuple
         text = f"no footer of section {name!r} at offset {offset + begin + size}, where the description has its end: "
         raise Damaged(f"{text}expected {footer.hex(' ')}, found {found.hex(' ') or 'nothing'}")
     version = int.from_bytes(data[begin - 4 : begin], "big")
+    if device.get("version", version) != version:
+        text = f"section {name!r} at offset {offset + at} has version {version}, where the description has "
+        raise Damaged(f"{text}{device['version']!r}"[:200])
     return Part(
         name, instance, version, memoryview(data)[begin : begin + size], device
     ), begin + size + layout.FOOTER.size

@@ -7,7 +7,7 @@ a list of blocks says of its size.
 from .records import Block
 
 UNSENT, ZERO, NORMAL, AGAIN = 0, 1, 2, 4
-CHUNK = 1 << 15
+CHUNK = 1 << 11
 # What a page becomes that is sent (again) as zero or normal
 _BECOMES = {value: bytes((value,)) + bytes((value | AGAIN,)) * 255 for value in (ZERO, NORMAL)}
 
@@ -22,6 +22,11 @@ class PageMap:
         self.covered = 0
         self.again = 0
         self._chunks: dict[int, bytearray] = {}
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory, about."""
+        return len(self._chunks) * CHUNK
 
     def mark(self, address: int, count: int, zero: bool) -> None:
         """`count` pages from `address` on are in the stream now."""

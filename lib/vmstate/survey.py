@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import layout
 from .check import State, judge
 from .devices import Device, Struct, decode_part, to_json
+from .errors import CannotDo
 from .facts import nics, vcpus
 from .fingerprint import DUPLICATE, Fingerprints, differing, kinds
 from .octets import Reader
@@ -16,6 +17,7 @@ from .pages import PageMap
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+PAGES_LIMIT = 1 << 28
 COMMANDS = {
     number: name.removeprefix("MIG_CMD_").lower().replace("_", "-")
     for name, number in vars(layout).items()
@@ -95,9 +97,14 @@ class Survey:
 
 
 def survey(source: Reader) -> Survey:
-    """Look through a state; Damaged where it is not whole."""
+    """Look through a state; Damaged where it is not whole, CannotDo where a block has too many pages to be shown."""
     prints = Fingerprints()
-    return Survey(judge(source, see=prints.see), prints)
+    state = judge(source, see=prints.see)
+    for page_map in state.maps.values():
+        if page_map.pages > PAGES_LIMIT:
+            text = f"RAM block {page_map.block.text!r} has {page_map.pages} pages: more than can be shown here"
+            raise CannotDo(text, "vm-verify judges it all the same")
+    return Survey(state, prints)
 
 
 def leaves(device: Device) -> Iterator[tuple[str, Any]]:

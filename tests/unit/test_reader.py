@@ -243,6 +243,13 @@ def test_a_header_before_the_rounds_of_ram() -> None:
     assert f"no section {found.parts[0].name!r}" in damage(changed(state("virtio-mem-10.0"), at, b"~"))
 
 
+@pytest.mark.parametrize("name", GOOD)
+def test_a_round_of_ram_is_not_taken_for_an_early_device(name: str) -> None:
+    """Also where no page tells that it is missing, since not all are in the state."""
+    rounds = [r.offset for r, _ in records(name) if isinstance(r, Section) and r.tag != layout.QEMU_VM_SECTION_START]
+    assert damage(changed(state(name), rounds[0], bytes((layout.QEMU_VM_SECTION_FULL,))))
+
+
 def u32(number: int) -> bytes:
     return number.to_bytes(4, "big")
 

@@ -41,7 +41,7 @@ def headline() -> str:
 
 
 def record(row: Row) -> dict[str, Any]:
-    kinds = {"100 ms": "limit", "256 MiB": "limit"}
+    kinds = {"100 ms": "limit", "128 MiB": "limit", "256 MiB": "limit"}
     kind = kinds.get(row.theirs_name, {"s": "time", "B": "size"}[row.unit])
     values = {"case": row.case, "ours": row.ours_name, "theirs": row.theirs_name, "what": row.what, "kind": kind}
     ratios = {"ratio": round(row.ratio, 3), "best": round(row.best, 3), "rounds": len(row.ours)}

@@ -131,6 +131,7 @@ mount --bind ssh_config /etc/ssh/ssh_config
 /usr/sbin/sshd -D -e -f sshd_config 2> sshd.log &
 trap 'kill $sshd' EXIT
 sshd=$!
+disown
 listens() {
     for i in {1..100}; do ! ss -ltn | grep -q ":$1" || return 0; sleep 0.1; done
     return 1

@@ -136,10 +136,13 @@ def test_ctrl_c_on_the_whole_pipeline(guests: Guests, work: Path) -> None:
 def test_a_signal_at_any_moment(guests: Guests, work: Path, number: signal.Signals) -> None:
     source = guests.running()
     for moment in (0.03, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2):
-        dump = subprocess.Popen(["vm-dump", "-q", "--stop", "--after", "running", "-o", "s", "a.qmp"], cwd=work)
+        command = ["vm-dump", "-q", "--stop", "--after", "running", "-o", "s", "a.qmp"]
+        dump = subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE)
         time.sleep(moment)
         dump.send_signal(number)
-        assert dump.wait(30) in (-number, 0)
+        _, err = dump.communicate(timeout=30)
+        # Python itself ends with 1 where it is interrupted before our program begins.
+        assert dump.returncode in (-number, 0) or b"init_import_site" in err, err
         as_it_was(source)
         assert not list(work.glob("*.part"))
 

@@ -10,7 +10,17 @@ _vmstate()
         -r|--recipient)
             words=$(gpg --batch --list-keys --with-colons 2>/dev/null |
                 awk -F: '$1 == "uid" { sub(/.*</, "", $10); sub(/>.*/, "", $10); print $10 }') ;;
-        -o|--output)
+        --sign)
+            words=$(gpg --batch --list-secret-keys --with-colons 2>/dev/null |
+                awk -F: '$1 == "uid" { sub(/.*</, "", $10); sub(/>.*/, "", $10); print $10 }') ;;
+        --signer)
+            words=$(gpg --batch --list-keys --with-colons 2>/dev/null |
+                awk -F: '$1 == "pub" { key = 1 } key && $1 == "fpr" { print $10; key = 0 }') ;;
+        --trust)
+            words='pgp classic tofu tofu+pgp direct always auto' ;;
+        --home)
+            COMPREPLY=($(compgen -d -- "$current")); return ;;
+        -o|--output|--passphrase-file)
             COMPREPLY=($(compgen -f -- "$current")); return ;;
         *)
             if [[ $current == -* ]]; then

@@ -1,58 +1,71 @@
-"""Bytes into an OpenPGP message and back, through gpg.  The home of gnupg.
+"""Bytes into an OpenPGP message and back, through gpg.
 
-gpg is trusted with the keys and with nothing else.  It takes any end of its input for the right one, a read error too,
-and makes a valid message of what came before; so it reads from us, and only the end of our input ends its own.  And it
-gives plaintext away before it knows that it is authentic, so the newest 16 MiB (`octets.HOLD`) wait for its verdict.
+gpg gives plaintext away before it knows that it is authentic, so the newest 16 MiB (`octets.HOLD`) wait for its
+verdict.  What a changed message can look like counts as one: a wrong passphrase, or a key that nobody has.
 """
 
 import os
-import select
 import signal
-import socket
-import time
-from collections.abc import Callable
-from subprocess import PIPE, Popen
+from dataclasses import dataclass, field
 from typing import Any
 
-import gnupg
-
+from . import keys
 from .errors import CannotDo, Damaged, Stopped, VmstateError
-from .octets import BLOCK, HOLD, FdReader, Ring, channel, enlarge, kind, read_up_to, write_all
+from .gpg import Gpg, Keyring, Means, Task, Verdict, reader_gone
+from .octets import BLOCK, HOLD, FdReader, Ring, kind, read_up_to
+from .openpgp import look_ahead
 
 # gpg would else look for unknown keys in the network, and obey a gpg.conf that asks for armour.
-OURS = ["-z", "0", "--no-armor", "--no-auto-key-locate"]
-
-# gpg writes 8 KiB at a time; who waits for each of them wakes up a hundred times as often as needed.
-NAP = 0.0005
-
-# os has it from Python 3.12 on.
-SPLICE_F_NONBLOCK = 2
-
-# gpg's doc/DETAILS, INV_RECP
-NOT_FOUND, UNTRUSTED = "1", "10"
-REASONS = {
-    NOT_FOUND: "there is no such key",
-    "2": "the name fits several keys",
-    "3": "the key is not for encryption",
-    "4": "the key is revoked",
-    "5": "the key has expired",
-    UNTRUSTED: "the key is not trusted",
-    "13": "the key is disabled",
-}
+OURS = ["-z", "0", "--no-armor", "--no-auto-key-locate", "--cipher-algo", "AES256"]
 
 # libgpg-error's numbers for a session key that a secret key could not make sense of; with any other the secret key was
 # not to be had (no agent, no passphrase, no card).
 BAD_SESSION_KEY = {4, 10, 14, 18, 19, 22, 30, 55, 65, 66, 67, 79, 82, 83, 89}
 
+# gpg's words (never translated) for an input that ends within a piece of a packet.
+CUT = ("read error", "pending bytes")
+
+UNTRUSTED = "10"  # doc/DETAILS, INV_RECP
+NO_PUBKEY = "9"  # doc/DETAILS, ERRSIG
+
+AGENT = "gpg's agent must be able to ask for its passphrase: export GPG_TTY=$(tty)"
+
+
+@dataclass(frozen=True)
+class Receivers:
+    """Whom a message is for: keys by name, and whoever knows the passphrase.  signer: the name of the key that signs.
+
+    trust: gpg's trust model, None for its own.
+    """
+
+    names: list[str] = field(default_factory=list)
+    passphrase: bool = False
+    signer: str | None = None
+    trust: str | None = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """state: good, expired or revoked (the key is), unknown (there is no key to check it with) or bad."""
+
+    state: str
+    key: str
+    primary: str
+
+    def by(self, fingerprints: list[str]) -> bool:
+        return self.key in fingerprints or self.primary in fingerprints
+
 
 class Cipher:
     """One message between two descriptors.  `came` and `went` count the bytes; `went` is None where gpg alone knows."""
 
-    def __init__(self, source: int, fd: int) -> None:
+    def __init__(self, source: int, fd: int, means: Means | None = None) -> None:
         self._source = source
         self._fd = fd
+        self._means = means or Means()
         self._gpg: Gpg | None = None
         self._ring: Ring | None = None
+        self.signatures: list[Signature] = []
 
     @property
     def came(self) -> int:
@@ -64,131 +77,143 @@ class Cipher:
             return self._ring.left
         return os.fstat(self._fd).st_size if kind(self._fd) == "file" else None
 
-    def encrypt(self, keys: list[str], always_trust: bool = False) -> None:
-        """CannotDo for a key that gpg does not take, before anything is read; Damaged where the input is empty."""
-
-        def task(gpg: Gpg, message: Any) -> None:
-            gpg.encrypt_file(message, keys, armor=False, always_trust=always_trust, extra_args=OURS)
-
-        self._try(task)
+    def encrypt(self, receivers: Receivers) -> None:
+        """CannotDo for a key that cannot be used, before anything is read; Damaged where the input is empty."""
+        _show_the_terminal()
+        ring = Keyring(self._means.home)
+        found = [keys.recipient(ring, name) for name in receivers.names]
+        signer = keys.signing_key(ring, receivers.signer) if receivers.signer is not None else None
+        self._try(receivers, found, signer)
         first = read_up_to(FdReader(self._source), 1)
         if not first:
             raise Damaged("the input is empty")
         # gpg takes a descriptor that another program made non-blocking for a full disk.
         os.set_blocking(self._fd, True)
-        self._gpg = Gpg(self._source, first, self._fd)
-        verdict = self._gpg.work(task)
-        if verdict.returncode and _reader_gone(self._fd):
+        self._gpg = Gpg(self._means, self._source, first, self._fd)
+        options = _best_protection(self._gpg, found)
+        # Each key has been judged, and is named by its fingerprint.
+        verdict = self._gpg.work(_encryption(found, receivers.passphrase, signer, "always", options))
+        if verdict.returncode and reader_gone(self._fd):
             raise Stopped(signal.SIGPIPE)
         _judge_encryption(verdict)
 
-    @staticmethod
-    def _try(task: "Task") -> None:
-        """An empty message for the same keys, to nowhere."""
+    def _try(self, receivers: Receivers, found: list[str], signer: str | None) -> None:
+        """An empty message to nowhere: whether gpg trusts the keys that are given by name, and can sign."""
+        named = [name for name in receivers.names if not keys.fingerprint(name)]
+        if named:
+            task = _encryption(named, False, signer, receivers.trust)
+        elif found:
+            task = _encryption(found, False, signer, "always")
+        elif signer:
+            task = _signing(signer)
+        else:
+            return
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _judge_encryption(Gpg(null, b"", null).work(task))
+            _judge_encryption(Gpg(self._means, null, b"", null).work(task))
         finally:
             os.close(null)
 
-    def decrypt(self) -> None:
-        """Damaged unless gpg finds one authentic message and nothing else; the newest `HOLD` bytes then do not come."""
-        first = read_up_to(FdReader(self._source), 4)
-        _check_binary(first)
-        if os.isatty(2):
-            # Where gpg's agent finds the terminal to ask on.
-            os.environ.setdefault("GPG_TTY", os.ttyname(2))
+    def decrypt(self, signers: list[str] | None = None) -> None:
+        """Damaged unless gpg finds one authentic message and nothing else; the newest `HOLD` bytes then do not come.
+
+        signers: full fingerprints, of one of which there has to be a good signature.
+        """
+        _show_the_terminal()
+        if signers:
+            keys.check_signers(Keyring(self._means.home), signers)
+        message, first, size = look_ahead(FdReader(self._source))
+        if message.integrity == "none":
+            raise Damaged("the message has no integrity protection: anyone could have changed it")
         self._ring = Ring(HOLD + BLOCK)
-        self._gpg = Gpg(self._source, first, self._fd, self._ring)
-        reason = _judge_decryption(self._gpg.work(lambda gpg, message: gpg.decrypt_file(message)))
+        self._gpg = Gpg(self._means, self._source, first, self._fd, self._ring)
+        verdict = self._gpg.work(lambda gpg, message: gpg.decrypt_file(message))
+        self.signatures = _signatures(verdict)
+        reason = _judge_decryption(verdict, self.signatures, signers or [])
+        if isinstance(reason, Damaged) and verdict.all_sent and _is_cut(verdict, self.came, size):
+            raise Damaged("the message is cut: it ends before its integrity could be checked") from reason
         if reason is not None:
             raise reason
         self._ring.drain(self._fd)
 
 
-def _reader_gone(fd: int) -> bool:
-    """The other end of a pipe or socket was closed."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+def _show_the_terminal() -> None:
+    """Where gpg's agent finds the terminal to ask on."""
+    if os.isatty(2):
+        os.environ.setdefault("GPG_TTY", os.ttyname(2))
 
 
-def _check_binary(first: bytes) -> None:
-    """Armour has text around it that gpg ignores, so it could not be proven whole."""
-    if not first:
-        raise Damaged("the input is empty")
-    if first == b"----":
-        raise Damaged("the message is armoured text: expected a binary one", "pipe it through: gpg --dearmor")
-    if not first[0] & 0x80:
-        raise Damaged(f"no OpenPGP message: found {first!r} at offset 0")
+def _encryption(
+    names: list[str], passphrase: bool, signer: str | None, trust: str | None, options: list[str] | None = None
+) -> Task:
+    words = [*OURS, *(options or [])]
+    words += ["--sign", "--local-user", signer] if signer else []
+    words += ["--trust-model", trust] if trust else []
+    # gnupg knows one or the other.
+    words += ["--symmetric"] if passphrase and names else []
+
+    def task(gpg: Gpg, message: Any) -> None:
+        gpg.encrypt_file(message, names, armor=False, symmetric=not names, extra_args=words)
+
+    return task
 
 
-class Verdict:
-    """What gpg said: `said` on its status descriptor, `stderr` in words, `returncode` at its end."""
+def _signing(signer: str) -> Task:
+    def task(gpg: Gpg, message: Any) -> None:
+        gpg.sign_file(message, signer, clearsign=False, binary=True, extra_args=OURS)
 
-    data = b""
-    stderr = ""
-    returncode: int | None = None
-    all_sent = True
+    return task
 
-    def __init__(self, gpg: "Gpg") -> None:
-        self.said: list[tuple[str, str]] = []
-        gpg.verdict = self
 
-    def handle_status(self, key: str, value: str) -> None:
-        self.said.append((key, value))
-
-    def values(self, key: str) -> list[str]:
-        return [value for name, value in self.said if name == key]
-
-    def has(self, *keys: str) -> bool:
-        return any(name in keys for name, _value in self.said)
-
-    def words(self) -> str:
-        """gpg's own words: the first line that tells of a failure, else its last."""
-        lines = [line.strip().removeprefix("gpg: ") for line in self.stderr.splitlines() if line.startswith("gpg: ")]
-        failed = [line for line in lines if "failed" in line]
-        return (failed + lines[-1:] + ["nothing"])[0]
+def _best_protection(gpg: Gpg, found: list[str]) -> list[str]:
+    """gpg takes OCB where all keys ask for it; a passphrase allows what gpg knows."""
+    option = "--force-ocb"
+    return [option] if not found and option in gpg.options_known() else []
 
 
 def _judge_encryption(verdict: Verdict) -> None:
-    refused = verdict.values("INV_RECP")
-    if refused:
-        reason, _, key = refused[0].partition(" ")
-        if verdict.has("KEYEXPIRED"):
-            reason = "5"
-        hints = {
-            NOT_FOUND: "gpg --list-keys shows the keys, gpg --import brings one in",
-            UNTRUSTED: f"check its fingerprint and sign it: gpg --lsign-key '{key}'; or use --always-trust",
-        }
-        raise CannotDo(
-            f"cannot encrypt for '{key}': {REASONS.get(reason, verdict.words())}",
-            hints.get(reason, "gpg --list-keys shows the keys"),
-        )
-    if verdict.returncode or not verdict.has("END_ENCRYPTION"):
+    for refused in verdict.values("INV_RECP"):
+        reason, _, key = refused.partition(" ")
+        what = f"cannot encrypt for '{key}'"
+        if reason == UNTRUSTED:
+            hints = f"check its fingerprint and sign it: gpg --lsign-key '{key}'", "or give the fingerprint as its name"
+            raise CannotDo(f"{what}: the key is not trusted", *hints)
+        raise CannotDo(f"{what}: {verdict.words()}", "gpg --list-keys shows the keys")
+    failed = [value for value in verdict.values("FAILURE") if value.startswith("sign")]
+    if verdict.has("INV_SGNR") or (failed and not verdict.has("SIG_CREATED")):
+        raise CannotDo(f"cannot sign: gpg says '{verdict.words()}'", AGENT)
+    if verdict.returncode or not verdict.has("END_ENCRYPTION", "SIG_CREATED"):
         raise CannotDo(f"gpg failed: {verdict.words()}")
 
 
-def _judge_decryption(verdict: Verdict) -> VmstateError | None:
+def _judge_decryption(verdict: Verdict, signatures: list[Signature], signers: list[str]) -> VmstateError | None:
     """Why the message must not be believed, None for one that may."""
     if not verdict.has("DECRYPTION_INFO"):
         return _not_opened(verdict)
-    if verdict.values("DECRYPTION_INFO")[0].split()[0] == "0" and not _aead(verdict):
-        return Damaged("the message has no integrity protection: anyone could have changed it")
-    if verdict.has("BADMDC", "DECRYPTION_FAILED"):
-        return Damaged("the message is truncated, was changed, or has something behind it: its integrity check failed")
+    forged_aead = "checktag" in verdict.stderr
+    locked = forged_aead and verdict.has("NEED_PASSPHRASE_SYM") and not verdict.has("PLAINTEXT")
+    if locked or any(value.startswith("symkey_decrypt") for value in verdict.values("ERROR")):
+        return _wrong_passphrase(verdict)
+    if verdict.has("BADMDC", "DECRYPTION_FAILED", "BADSIG") or forged_aead:
+        return Damaged("the message is forged: it was changed, or has something behind it")
     unexpected = any(value.startswith("proc_pkt") for value in verdict.values("ERROR"))
     unexpected |= len(verdict.values("PLAINTEXT")) != 1 or not verdict.all_sent
-    if unexpected or verdict.has("NODATA", "UNEXPECTED", "BADSIG"):
-        return Damaged(f"the message is not one whole, or something is behind it: gpg says '{verdict.words()}'")
-    if verdict.returncode or not verdict.has("DECRYPTION_OKAY"):
+    if unexpected or verdict.has("NODATA", "UNEXPECTED"):
+        return Damaged(f"the message is forged: something is behind or beside it, gpg says '{verdict.words()}'")
+    if not verdict.has("DECRYPTION_OKAY"):
         return CannotDo(f"gpg failed: {verdict.words()}")
-    return None
+    return _judge_signatures(verdict, signatures, signers)
 
 
-def _aead(verdict: Verdict) -> bool:
-    fields = verdict.values("DECRYPTION_INFO")[0].split()
-    return len(fields) > 2 and fields[2] != "0"
+def _is_cut(verdict: Verdict, came: int, size: int | None) -> bool:
+    """Where a message does not say its size, a forged one can look cut."""
+    return any(word in verdict.stderr for word in CUT) if size is None else came < size
+
+
+def _wrong_passphrase(verdict: Verdict) -> Damaged:
+    missing = verdict.values("NO_SECKEY")
+    nor = f", and there is no secret key of {', '.join(missing)}" if missing else ""
+    return Damaged(f"wrong passphrase for this message{nor}", "a message whose head was changed looks the same")
 
 
 def _not_opened(verdict: Verdict) -> VmstateError:
@@ -196,149 +221,74 @@ def _not_opened(verdict: Verdict) -> VmstateError:
     if not verdict.has("BEGIN_DECRYPTION"):
         if verdict.has("PLAINTEXT"):
             return Damaged("the message is not encrypted")
-        return Damaged(f"no OpenPGP message, or a truncated one: gpg says '{verdict.words()}'")
+        return Damaged(f"no OpenPGP message, or one with a damaged head: gpg says '{verdict.words()}'")
     errors = [value.split() for value in verdict.values("ERROR")]
+    if any(value[0] == "get_passphrase" for value in errors):
+        return CannotDo("gpg's agent gave no passphrase", AGENT, "or use --passphrase-fd or --passphrase-file")
     # The low 16 bits of the number say what, the others who said it.
     codes = {int(value[1]) & 0xFFFF for value in errors if value[0] == "pkdecrypt_failed" and value[1].isdecimal()}
-    if codes & BAD_SESSION_KEY:
-        return Damaged(f"the message was changed: gpg says '{verdict.words()}'")
+    if codes and not codes & BAD_SESSION_KEY:
+        return CannotDo(f"the secret key could not be used: gpg says '{verdict.words()}'", AGENT)
     missing = verdict.values("NO_SECKEY")
     if missing and not codes:
-        return CannotDo(
-            f"no secret key for this message, which is encrypted for {', '.join(missing)}",
+        return Damaged(
+            f"wrong key: no secret key for this message, which is encrypted for {', '.join(missing)}",
             "gpg --list-secret-keys shows the keys at hand",
         )
-    return CannotDo(
-        f"the secret key could not be used: gpg says '{verdict.words()}'",
-        "gpg's agent must be able to ask for its passphrase: export GPG_TTY=$(tty)",
+    return Damaged(f"the message is forged: gpg says '{verdict.words()}'")
+
+
+STATES = {"GOODSIG": "good", "EXPSIG": "expired", "EXPKEYSIG": "expired", "REVKEYSIG": "revoked", "BADSIG": "bad"}
+
+
+def _signatures(verdict: Verdict) -> list[Signature]:
+    """What gpg says of each: first of its state, then of its key."""
+    found = []
+    state = key = ""
+    for name, value in verdict.said:
+        words = value.split()
+        if name in STATES:
+            state, key = STATES[name], words[0]
+            if state == "bad":
+                found.append(Signature(state, key, key))
+        elif name == "ERRSIG":
+            found.append(Signature("unknown", words[-1] if keys.fingerprint(words[-1]) else words[0], ""))
+        elif name == "VALIDSIG" and state:
+            found.append(Signature(state, words[0], words[-1]))
+            state = ""
+    return found
+
+
+def _judge_signatures(verdict: Verdict, signatures: list[Signature], signers: list[str]) -> VmstateError | None:
+    """A signature that gpg cannot check is no failure of the message where another one is the one that counts."""
+    unknown = [value.split() for value in verdict.values("ERRSIG")]
+    proven = any(signature.state == "good" and signature.by(signers) for signature in signatures)
+    if signers and not proven:
+        return _wrong_signer(signatures, signers)
+    if unknown and not (proven and all(value[5] == NO_PUBKEY for value in unknown)):
+        first = next(signature for signature in signatures if signature.state == "unknown")
+        return _unknown_signer(first)
+    if verdict.returncode and not unknown:
+        # For AEAD this is all that some a gpg has to say: with DECRYPTION_OKAY and GOODMDC.
+        kind = Damaged if verdict.returncode > 0 else CannotDo
+        return kind(f"gpg failed: {verdict.words()}")
+    return None
+
+
+def _wrong_signer(signatures: list[Signature], signers: list[str]) -> Damaged:
+    wanted = " or ".join(signers)
+    for signature in signatures:
+        if signature.by(signers) and signature.state != "unknown":
+            return Damaged(f"signer not accepted: the key {signature.key} is {signature.state}")
+    if not signatures:
+        return Damaged(f"unknown signer: the message is not signed, expected a signature of {wanted}")
+    if signatures[0].state == "unknown":
+        return _unknown_signer(signatures[0])
+    return Damaged(f"unknown signer: the message is signed by {signatures[0].key}, expected {wanted}")
+
+
+def _unknown_signer(signature: Signature) -> Damaged:
+    return Damaged(
+        f"unknown signer: the message is signed by {signature.key}, whose key is not there to check it",
+        f"if it is to be trusted, bring the key in: gpg --import, or gpg --recv-keys {signature.key}",
     )
-
-
-class Gpg(gnupg.GPG):  # type: ignore[misc]
-    """One gpg between two descriptors: `first` is what was read ahead, in `ring` its newest bytes have to wait.
-
-    Its input comes by a socket that tells an end from a death: gpg holds our side of it as well, so that nothing but
-    `shutdown` ends it, and is killed when we die.
-    """
-
-    def __init__(self, source: int, first: bytes, fd: int, ring: Ring | None = None) -> None:
-        self.came = 0
-        self.all_sent = False
-        self.verdict: Any = None
-        self._source, self._first, self._fd, self._ring = source, first, fd, ring
-        self._failure: BaseException | None = None
-        self._child: Popen[bytes] | None = None
-        self._ends: tuple[socket.socket, socket.socket] | None = None
-        try:
-            super().__init__()
-        except (OSError, ValueError) as error:
-            raise CannotDo(f"gpg cannot be run: {error}", "it is in the package gnupg") from error
-        self._ends = channel()
-        # While the kernel waits for room in a socket it keeps the pipe locked that it takes from: one who both writes
-        # to us and reads from us would stand still.
-        self._ends[0].setblocking(False)
-        self.result_map = {**gnupg.GPG.result_map, "crypt": Verdict}
-
-    def work(self, task: "Task") -> Verdict:
-        """Run `task`, a call of gnupg's; raise what failed on our side once gpg has ended."""
-        try:
-            task(self, _Stream(self._feed))
-        finally:
-            if self._child is not None:
-                self._child.kill()
-                self._child.wait()
-        if self._failure is not None:
-            raise self._failure
-        verdict: Verdict = self.verdict
-        verdict.all_sent = self.all_sent
-        return verdict
-
-    def _open_subprocess(self, args: list[str], passphrase: bool = False) -> Any:
-        if self._ends is None:
-            return super()._open_subprocess(args, passphrase)
-        ours, theirs = self._ends
-        command = ["setpriv", "--pdeathsig", "KILL", *self.make_args(args, passphrase)]
-        out = PIPE if self._ring else self._fd
-        child: Any = Popen(command, stdin=theirs.fileno(), stdout=out, stderr=PIPE, pass_fds=(ours.fileno(),))
-        theirs.close()
-        self._child = child
-        child.stdin, child.stdout = _Stream(), _Stream(self._collect, child.stdout)
-        return child
-
-    def _collect_output(self, process: Any, result: Any, writer: Any = None, stdin: Any = None) -> Any:
-        # gnupg 0.4 would wait for the copying thread, which may wait for our input long after gpg has refused it.
-        return super()._collect_output(process, result, None, stdin)
-
-    def _feed(self, _pipe: Any) -> None:
-        """All of our input to gpg, then its end; in gnupg's copying thread."""
-        assert self._ends
-        ours = self._ends[0]
-        try:
-            write_all(ours.fileno(), self._first)
-            self.came = len(self._first)
-            buffer = memoryview(bytearray(BLOCK))
-            while count := _carry(self._source, ours.fileno(), buffer):
-                self.came += count
-            self.all_sent = True
-            ours.shutdown(socket.SHUT_WR)
-        except BaseException as error:  # noqa: BLE001 - raised again by `work`
-            # That gpg takes no more is no failure of ours: its verdict says why.
-            if not _reader_gone(ours.fileno()):
-                self._fail(error)
-
-    def _collect(self, pipe: Any) -> None:
-        """gpg's output through the ring, all but its newest bytes; in gnupg's reading thread."""
-        if self._ring is None:
-            return
-        enlarge(pipe.fileno())
-        reader = FdReader(pipe.fileno())
-        try:
-            while count := reader.readinto(self._ring.space()):
-                self._ring.filled(count)
-                self._ring.drain(self._fd, HOLD)
-                if count < BLOCK // 2:
-                    time.sleep(NAP)
-        except BaseException as error:  # noqa: BLE001 - raised again by `work`
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """Nothing made of a failed input, or for a failed output, may look whole: gpg dies, and never sees an end."""
-        if self._child is not None:
-            self._child.kill()
-        self._failure = self._failure or error
-
-
-Task = Callable[[Gpg, Any], Any]
-
-
-class _Stream:
-    """What gnupg takes for a file that is empty; to read it does the work."""
-
-    def __init__(self, work: Callable[[Any], None] | None = None, pipe: Any = None) -> None:
-        self._work = work
-        self._pipe = pipe
-
-    def read(self, _size: int = -1) -> bytes:
-        if self._work:
-            self._work(self._pipe)
-        return b""
-
-    def close(self) -> None:
-        if self._pipe:
-            self._pipe.close()
-
-
-def _carry(source: int, sink: int, buffer: memoryview) -> int:
-    """Some bytes to a socket, past our own memory where the kernel can; 0 at the end of `source`."""
-    try:
-        if kind(source) == "file":
-            return os.sendfile(sink, source, None, BLOCK)
-        if kind(source) == "pipe":
-            return os.splice(source, sink, BLOCK, flags=SPLICE_F_NONBLOCK)
-    except BlockingIOError:
-        select.select([source], [], [])
-        select.select([], [sink], [])
-        return _carry(source, sink, buffer)
-    count = FdReader(source).readinto(buffer)
-    write_all(sink, buffer[:count])
-    return count

@@ -137,7 +137,7 @@ def test_sockets_and_descriptors_that_do_not_block(content: bytes) -> None:
 
 
 def test_any_of_two_keys_decrypts(stranger: Path, content: bytes) -> None:
-    done = encrypt("--always-trust", *ME, "--recipient", "stranger@example.org", input=content)
+    done = encrypt("--trust", "always", *ME, "--recipient", "stranger@example.org", input=content)
     assert done.status == 0
     for folder in (os.environ["GNUPGHOME"], str(stranger)):
         assert encrypt("-d", input=done.out, env={**environment(), "GNUPGHOME": folder}) == Done(0, content, "")
@@ -149,7 +149,7 @@ def test_any_of_two_keys_decrypts(stranger: Path, content: bytes) -> None:
         (["nobody@example.org"], "cannot encrypt for 'nobody@example.org': there is no such key", "gpg --list-keys"),
         (["me@example.org", "nobody"], "cannot encrypt for 'nobody': there is no such key", "gpg --list-keys"),
         (["0123456789ABCDEF"], "there is no such key", "gpg --list-keys"),
-        (["stranger@example.org"], "the key is not trusted", "--always-trust"),
+        (["stranger@example.org"], "the key is not trusted", "gpg --lsign-key"),
     ],
 )
 def test_keys_that_are_refused(keys: list[str], words: str, hint: str, work: Path, stranger: Path) -> None:
@@ -174,10 +174,10 @@ def test_a_key_that_has_expired(content: bytes) -> None:
 
 def test_no_secret_key(message: bytes, stranger: Path) -> None:
     done = encrypt("-d", input=message, env={**environment(), "GNUPGHOME": str(stranger)})
-    assert (done.status, done.out) == (1, b"")
+    assert (done.status, done.out) == (3, b"")
     listed = gpg("--list-keys", "--with-colons", "me@example.org").text
     (key,) = re.findall(r"^sub:(?:[^:]*:){3}([^:]*):", listed, re.MULTILINE)
-    assert f"no secret key for this message, which is encrypted for {key}\n" in done.err
+    assert f"wrong key: no secret key for this message, which is encrypted for {key}\n" in done.err
     assert "gpg --list-secret-keys" in done.err
 
 
@@ -372,6 +372,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def name_of(pid: int) -> str:
+    """The name of a process; that of one that has just ended is empty."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def at_work(options: tuple[str, ...], data: bytes, folder: Path) -> tuple[subprocess.Popen[bytes], int, int]:
     """A run that has taken `data` and waits for more; its gpg, and where more could be written."""
     reading, writing = os.pipe()
@@ -383,7 +391,7 @@ def at_work(options: tuple[str, ...], data: bytes, folder: Path) -> tuple[subpro
             break
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        found = [pid for pid in children(process.pid) if Path(f"/proc/{pid}/comm").read_text() == "gpg\n"]
+        found = [pid for pid in children(process.pid) if name_of(pid) == "gpg"]
         if found and struct.unpack("i", fionread(writing))[0] == 0:
             time.sleep(0.3)
             return process, found[0], writing
@@ -481,7 +489,27 @@ def test_words_and_objects(work: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("-d", *ME), ("-d", "--always-trust"), (*ME, "a", "b"), (*ME, "-v", "-q"), ("-r",)]
+    "options",
+    [
+        (),
+        ("-d", *ME),
+        ("-d", "--trust", "always"),
+        ("-d", "--sign", "me@example.org"),
+        ("-d", "--signer", "me@example.org"),
+        ("-d", "--list"),
+        ("-d", "--passphrase-fd", "x"),
+        ("-d", "--passphrase-fd", "3", "--passphrase-file", "f"),
+        ("--list", *ME),
+        ("--list", "--passphrase-file", "f"),
+        ("--symmetric", "--trust", "always"),
+        (*ME, "a", "b"),
+        (*ME, "-v", "-q"),
+        (*ME, "--passphrase-file", "f"),
+        (*ME, "--signer", "0" * 40),
+        (*ME, "--trust", "me"),
+        ("-r",),
+        ("--sign", "me@example.org"),
+    ],
 )
 def test_wrong_usage_is_settled_first(options: tuple[str, ...], work: Path) -> None:
     done = encrypt("-o", "f", *options, cwd=work)
@@ -496,3 +524,51 @@ def test_little_memory(work: Path) -> None:
         status, kibibytes = run(sys.executable, "-c", script, cwd=work, env=environment()).text.split()
         assert status == "0"
         assert int(kibibytes) < 64 << 10
+
+
+def test_no_plaintext_in_temporary_files(work: Path) -> None:
+    """Neither in the folder for them nor in any file that one of the processes has open."""
+    (work / "tmp").mkdir()
+    its = {**environment(), "TMPDIR": str(work / "tmp")}
+    plain = os.urandom(30 * BLOCK)
+    message = encrypt(*ME, input=plain).out
+    for options, data in ((ME, plain), (("-d",), message)):
+        reading, writing = os.pipe()
+        process = subprocess.Popen([*COMMAND, *options], stdin=reading, stdout=subprocess.DEVNULL, stderr=-1, env=its)
+        os.close(reading)
+        try:
+            os.set_blocking(writing, False)
+            seen = set()
+            for at in range(0, len(data), 65536):
+                push(writing, data[at : at + 65536])
+                if at % BLOCK == 0:
+                    seen |= written_files([process.pid, *children(process.pid)])
+                    assert list((work / "tmp").iterdir()) == []
+            os.close(writing)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait(10)
+        assert seen == set()
+        assert list((work / "tmp").iterdir()) == []
+
+
+def push(fd: int, data: bytes) -> None:
+    while data:
+        select.select([], [fd], [], 20)
+        data = data[os.write(fd, data) :]
+
+
+def written_files(pids: list[int]) -> set[str]:
+    """Regular files that the processes have open for writing, what gpg notes about keys left out."""
+    found = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+            link = Path(f"/proc/{pid}/fd/{entry.name}")
+            try:
+                flags = int(re.findall(r"flags:\s+(\d+)", entry.read_text())[0], 8)
+                if flags & os.O_ACCMODE and stat.S_ISREG(link.stat().st_mode):
+                    found |= {os.readlink(link)} if link.resolve().parent != Path(os.environ["GNUPGHOME"]) else set()
+            except FileNotFoundError:
+                continue
+    return found

@@ -88,7 +88,8 @@ def table(rows: list[Row], about: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
-        words = (row.case, f"`{row.ours_name}`".replace("|", "\\|"), f"`{row.theirs_name}`", row.what)
+        ours, theirs = (f"`{name}`".replace("|", "\\|") for name in (row.ours_name, row.theirs_name))
+        words = (row.case, ours, theirs, row.what)
         figures = (f"{row.ratio:.2f}", f"{row.best:.2f}", target(row), verdict(row))
         lines.append(f"| {' | '.join((*words, *figures))} |")
     return "\n".join(lines) + "\n"

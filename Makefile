@@ -9,6 +9,7 @@ BIN     := $(CURDIR)/$(VENV)/bin
 COMMANDS := $(notdir $(wildcard bin/vm-*))
 PAGES   := $(wildcard man/*.[1-8])
 TESTS   ?= tests
+PYTEST   = $(BIN)/pytest --numprocesses 2 --dist worksteal
 FUZZ_TIME ?= 60
 # Where the commands and everything else that make needs are found first.
 export PATH := $(BIN):$(PATH):/usr/sbin:/sbin
@@ -44,14 +45,14 @@ demo: env
 	@tests/demo
 
 check: env lint
-	@$(BIN)/pytest --numprocesses 2 $(TESTS)
+	@$(PYTEST) $(TESTS)
 
 test:
-	@$(BIN)/pytest --numprocesses 2 $(TESTS)
+	@$(PYTEST) $(TESTS)
 
 check-qemu10: env
 	@tests/qemu10 $(CACHE)/qemu10
-	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(BIN)/pytest --numprocesses 2 tests/guest
+	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(PYTEST) tests/guest
 
 fuzz: $(VENV)/.stamp
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check atheris

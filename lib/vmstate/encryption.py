@@ -20,7 +20,7 @@ OURS = ["-z", "0", "--no-armor", "--no-auto-key-locate", "--cipher-algo", "AES25
 
 # libgpg-error's numbers for a session key that a secret key could not make sense of; with any other the secret key was
 # not to be had (no agent, no passphrase, no card).
-BAD_SESSION_KEY = {4, 10, 14, 18, 19, 22, 30, 55, 65, 66, 67, 79, 82, 83, 89}
+BAD_SESSION_KEY = {4, 5, 10, 12, 14, 18, 19, 22, 30, 55, 65, 66, 67, 79, 82, 83, 89}
 
 # gpg's words (never translated) for an input that ends within a piece of a packet.
 CUT = ("read error", "pending bytes")

@@ -37,29 +37,28 @@ class Ring:
 
 
 @pytest.fixture(scope="module")
-def ring(gnupg: Path) -> Iterator[Ring]:
-    make("signs@example.org", "rsa2048", "sign", "never")
-    make("twin one <twin1@example.org>", "future-default", "default", "never")
-    make("twin two <twin2@example.org>", "future-default", "default", "never")
-    make("some.me@example.org", "future-default", "default", "never")
-    make("old@example.org", "future-default", "default", "seconds=86400", at="20200101T000000!")
-    make("spent@example.org", "rsa2048", "cert", "never", at="20200101T000000!")
-    spent = fingerprint("spent@example.org")
-    added = ("--quick-add-key", spent, "rsa2048", "encr", "seconds=86400")
-    assert gpg("--faked-system-time", "20200101T000000!", "--passphrase", "", *added).status == 0
-    make("revoked@example.org", "future-default", "default", "never")
-    revoke("revoked@example.org", gnupg)
-    with other_home() as folder:
+def ring() -> Iterator[Ring]:
+    """A home of its own: these keys are in the way of nobody, and can be made again."""
+    with other_home() as home, other_home() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GNUPGHOME", str(home))
+        make("me@example.org", "default", "default", "never")
+        make("signs@example.org", "rsa2048", "sign", "never")
+        make("twin one <twin1@example.org>", "future-default", "default", "never")
+        make("twin two <twin2@example.org>", "future-default", "default", "never")
+        make("some.me@example.org", "future-default", "default", "never")
+        make("old@example.org", "future-default", "default", "seconds=86400", at="20200101T000000!")
+        make("spent@example.org", "rsa2048", "cert", "never", at="20200101T000000!")
+        spent = fingerprint("spent@example.org")
+        added = ("--quick-add-key", spent, "rsa2048", "encr", "seconds=86400")
+        assert gpg("--faked-system-time", "20200101T000000!", "--passphrase", "", *added).status == 0
+        make("revoked@example.org", "future-default", "default", "never")
+        revoke("revoked@example.org", home)
         its = ("--homedir", str(folder), "--passphrase", "")
         assert gpg(*its, "--quick-gen-key", "stranger@example.org", "future-default", "default", "never").status == 0
         assert gpg("--import", input=gpg(*its, "--export").out).status == 0
-        mine = gpg("--export", "me@example.org").out
+        mine = gpg("--export", "=me@example.org").out
         assert gpg("--homedir", str(folder), "--import", input=mine).status == 0
-        yield Ring(gnupg, folder)
-    mine = fingerprint("=me@example.org")
-    for name in re.findall(r"^pub:.*\nfpr:+([0-9A-F]+):", gpg("--list-keys", "--with-colons").text, re.MULTILINE):
-        if name != mine:
-            gpg("--yes", "--delete-secret-and-public-key", name)
+        yield Ring(home, folder)
 
 
 def revoke(name: str, home: Path) -> None:

@@ -14,6 +14,8 @@ from vm import Guest, save
 from vmstate.description import description_at_end
 from vmstate.octets import HOLD
 
+from guest.judge import used_up
+
 KEY = "me@example.org"
 SEED = 20261125
 MIB = 1 << 20
@@ -70,7 +72,7 @@ def test_only_a_whole_one_runs(chain: str, guests: Guests, work: Path, messages:
         assert last == "3" or (chain, last) == ("foreign", "1"), f"{what}: {done.text}{done.err}"
         assert {*before} <= {"3", "141"}, f"{what}: {done.text}{done.err}"
         never_ran(target)
-        if target.status() != "inmigrate":
+        if used_up(target):
             target.end()
             target = guests.waiting()
     (work / "m").write_bytes(one)

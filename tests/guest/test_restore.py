@@ -13,7 +13,7 @@ import pytest
 from conftest import Done, Guests, shell
 from vm import Guest, until
 
-from guest.judge import as_it_was, still_waits, went_on
+from guest.judge import as_it_was, still_waits, used_up, went_on
 
 
 @pytest.fixture
@@ -64,8 +64,9 @@ def test_junk_behind_the_end(guests: Guests, work: Path, saved: Path) -> None:
     refused(shell("cp s t; echo x >> t; vm-restore b.qmp < t", work), 3, "not whole")
     still_waits(guest)
     refused(shell("(cat s s; echo x) | vm-restore b.qmp", work), 3, "lies behind the end of the state, at offset")
-    # QEMU had loaded the first state whole, and would run it when told to.
-    guest.wait_gone(10)
+    # Its devices never came to QEMU: 7.2 ends over that, 10.0 stays, and neither can run.
+    until(lambda: used_up(guest), 20, "it has failed")
+    assert guest.status() in ("gone", "inmigrate")
     assert guest.count() is None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from .errors import Damaged
-from .octets import BLOCK, Pushback, Reader, blocks, exactly, read_up_to, write_all
+from .octets import BLOCK, Pushback, Reader, blocks, exactly, memory, read_up_to, write_all
 
 # Measured on guests' RAM: level 2 takes no longer than 1 for 1 % less, level 3 half as long again for 2 % less.
 LEVEL = 2
@@ -150,7 +150,7 @@ class Frames:
 
     def __init__(self, source: Reader, offset: int = 0) -> None:
         self._source = source
-        self._buffer = memoryview(bytearray(BLOCK))
+        self._buffer = memory(BLOCK)
         self._rest = self._buffer[:0]
         self._seen = b""
         self._base = offset
@@ -342,7 +342,7 @@ class Members:
         self._kind = kind
         self._start, self._magic, self._errors = _unpacker(kind)
         self._source = source
-        self._buffer = memoryview(bytearray(self.PIECE))
+        self._buffer = memory(self.PIECE)
         self._came = offset
         self._member: Any = self._start()
 

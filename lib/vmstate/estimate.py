@@ -5,7 +5,7 @@ from typing import Any
 
 from .guest import ram_blocks, require_sendable
 from .monitor import Monitor
-from .octets import BLOCK, channel
+from .octets import BLOCK, channel, memory
 
 PAGE = 4096
 # What a page that is not zero, and one that is, take in the stream (migration/ram.c).
@@ -58,7 +58,7 @@ def _resident(pid: int, sizes: set[int]) -> int | None:
 def _speed() -> int:
     """Bytes a second that this machine carries through a socket, tried with 64 MiB."""
     ours, theirs = channel()
-    data, buffer = bytes(BLOCK), bytearray(BLOCK)
+    data, buffer = bytes(BLOCK), memory(BLOCK)
     started = time.perf_counter()
     with ours, theirs:
         for _ in range(64):

@@ -17,7 +17,7 @@ from typing import Any
 import gnupg
 
 from .errors import CannotDo
-from .octets import BLOCK, HOLD, FdReader, Ring, channel, enlarge, kind, write_all
+from .octets import BLOCK, EVEN, HOLD, FdReader, Ring, channel, enlarge, kind, memory, write_all
 
 # gpg writes 8 KiB at a time; who waits for each of them wakes up a hundred times as often as needed.
 NAP = 0.0005
@@ -214,7 +214,7 @@ class Gpg(Keyring):
         try:
             write_all(ours.fileno(), self._first)
             self.came = len(self._first)
-            buffer = memoryview(bytearray(BLOCK))
+            buffer = memory(BLOCK)
             while count := _carry(self._source, ours.fileno(), buffer):
                 self.came += count
             self.all_sent = True
@@ -234,7 +234,7 @@ class Gpg(Keyring):
             while count := reader.readinto(self._ring.space()):
                 self._ring.filled(count)
                 self._ring.drain(self._fd, HOLD)
-                if count < BLOCK // 2:
+                if EVEN <= count < BLOCK // 2:
                     time.sleep(NAP)
         except BaseException as error:  # noqa: BLE001 - raised again by `work`
             self.fail(error)

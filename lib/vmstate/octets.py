@@ -25,6 +25,9 @@ BLOCK = 1 << 20
 HOLD = 16 << 20
 # Small enough to stay in a core's cache between being written and read.
 WINDOW = 1 << 20
+# The kernel copies into memory at other places than multiples of this at a quarter of the speed (measured on an AMD
+# EPYC); a large bytearray lies at such a place.
+EVEN = 32
 SIOCOUTQ = termios.TIOCOUTQ
 F_SETPIPE_SZ = 1031
 
@@ -38,6 +41,11 @@ def kind(fd: int) -> str:
         if test(mode):
             return name
     return "other"
+
+
+def memory(size: int) -> memoryview:
+    """Memory to read into, at the start of a page (see `EVEN`)."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 def enlarge(fd: int) -> None:
@@ -159,13 +167,13 @@ class Ring:
         self.size = size
         self.came = 0
         self.left = 0
-        self._view = memoryview(mmap.mmap(-1, size))
+        self._view = memory(size)
 
     def space(self) -> memoryview:
         """Where the next bytes go: one piece of at most a block."""
         at = self.came % self.size
         free = self.size - (self.came - self.left)
-        return self._view[at : at + min(free, self.size - at, BLOCK)]
+        return self._view[at : at + min(free, self.size - at, -at % EVEN or BLOCK)]
 
     def filled(self, count: int) -> None:
         self.came += count
@@ -290,7 +298,7 @@ def open_input(path: str | None) -> int:
 
 def blocks(source: Reader) -> Iterator[memoryview]:
     """All of an input, block by block; each view is good until the next one is asked for."""
-    buffer = memoryview(bytearray(BLOCK))
+    buffer = memory(BLOCK)
     while count := source.readinto(buffer):
         yield buffer[:count]
 
@@ -305,7 +313,7 @@ class Window:
     def __init__(self, source: Reader, sink: Callable[[memoryview], object] | None = None, size: int = WINDOW) -> None:
         self._source = source
         self.sink = sink
-        self._buffer = memoryview(bytearray(size))
+        self._buffer = memory(size)
         self._left, self._at, self._end = 0, 0, 0
         self._before = 0
 
@@ -326,7 +334,8 @@ class Window:
         """Read some more; False at the end of the input."""
         if self._end == len(self._buffer):
             self._make_room()
-        count = self._source.readinto(self._buffer[self._end :])
+        odd = -self._end % EVEN
+        count = self._source.readinto(self._buffer[self._end : self._end + (odd or len(self._buffer))])
         self._end += count
         return bool(count)
 
@@ -350,12 +359,14 @@ class Window:
         ahead = self._end - self._at
         target = self._buffer
         if ahead > len(target) // 2:
-            target = memoryview(bytearray(2 * len(target)))
+            target = memory(2 * len(target))
+        # What is read next comes to an even place.
+        start = -ahead % mmap.PAGESIZE
         # The two may overlap; views are moved as memmove does.
-        target[:ahead] = self._buffer[self._at : self._end]
+        target[start : start + ahead] = self._buffer[self._at : self._end]
         self._buffer = target
-        self._before += self._at
-        self._left, self._at, self._end = 0, 0, ahead
+        self._before += self._at - start
+        self._left, self._at, self._end = start, start, start + ahead
 
 
 def exactly(source: Reader, count: int, offset: int, what: str) -> bytes:

@@ -7,6 +7,8 @@ their offset lie at a fixed stride, so whole runs of them are taken at once; not
 import sys
 from array import array
 from collections.abc import Iterator
+from itertools import compress, repeat
+from operator import ne, sub
 
 from . import layout
 from .errors import Damaged
@@ -96,13 +98,12 @@ class Ram:
         flags = kind | layout.RAM_SAVE_FLAG_CONTINUE
         first = word & -self.page
         begin = head + stride - 8
-        count = _following(view[begin:], stride, flags)
-        words = _words(view[begin:], stride, count)
+        words = _following(view[begin:], stride, flags)
         runs = _runs(first, words, self.page, flags)
         for start, pages in runs:
             self._check(offset, block, start, pages)
-        raw = view[: begin + count * stride]
-        if zero and bytes(raw[head::stride]).strip(b"\0"):
+        raw = view[: begin + len(words) * stride]
+        if zero and bytes(raw)[head::stride].strip(b"\0"):
             raise Damaged(f"a page at offset {offset} or behind it is of one byte that is not zero")
         self._window.take(len(raw))
         return Pages(block, zero, named, runs, self.page, raw, offset=offset)
@@ -158,47 +159,53 @@ class Ram:
         return bytes(self._bytes(at + 1 + size, what)[at + 1 :])
 
 
-def _following(view: memoryview, stride: int, flags: int) -> int:
-    """How many whole records with these flags lie at the start of `view`, by the low byte of their words."""
+def _following(view: memoryview, stride: int, flags: int) -> "array[int]":
+    """The words of the records with these flags at the start of `view`, as far as they are whole."""
     most, low = len(view) // stride, bytes((flags & 0xFF,))
+    packed = bytearray()
     count, step = 0, AHEAD
     while count < most:
         end = min(most, count + step)
-        found = bytes(view[count * stride + 7 : end * stride : stride])
-        same = len(found) - len(found.lstrip(low))
+        found = _words(view[count * stride : end * stride], stride, end - count)
+        kinds = found[7::8]
+        same = len(kinds) - len(kinds.lstrip(low))
+        packed += found[: 8 * same]
         count += same
-        if same < len(found):
+        if same < len(kinds):
             break
         step *= 4
-    return count
-
-
-def _words(view: memoryview, stride: int, count: int) -> "array[int]":
-    packed = bytearray(8 * count)
-    if count:
-        for byte in range(8):
-            packed[byte::8] = view[byte : (count - 1) * stride + byte + 1 : stride]
     words = array("Q", bytes(packed))
     if sys.byteorder == "little":
         words.byteswap()
     return words
 
 
+def _words(view: memoryview, stride: int, count: int) -> bytes:
+    """The first eight bytes of each of `count` records."""
+    if not stride % 8:
+        # Each page is touched once; its words come as they are, whatever the order of this machine's bytes.
+        return view.cast("Q")[:: stride // 8].tobytes()
+    packed, data = bytearray(8 * count), bytes(view)
+    for byte in range(8):
+        packed[byte::8] = data[byte::stride]
+    return bytes(packed)
+
+
 def _runs(first: int, words: "array[int]", page: int, flags: int) -> tuple[tuple[int, int], ...]:
-    """Address of the first and number of pages, of each run of neighbours."""
+    """Address of the first and number of pages, of each run of neighbours; `first` is the address before `words`."""
     count = len(words)
+    if not count:
+        return ((first, 1),)
     start = first + page + flags
-    if count and start + count * page < 1 << 64 and words == array("Q", range(start, start + count * page, page)):
+    if start + count * page < 1 << 64 and words == array("Q", range(start, start + count * page, page)):
         return ((first, count + 1),)
-    runs, begin, length = [], first, 1
-    for word in words:
-        address = word - flags
-        if address == begin + length * page:
-            length += 1
-            continue
+    steps = [words[0] - first - flags, *map(sub, words[1:], words)]
+    # Where a run begins, among all pages
+    begins = [0, *compress(range(1, count + 1), map(ne, steps, repeat(page)))]
+    runs = []
+    for begin, end in zip(begins, [*begins[1:], count + 1], strict=True):
+        address = words[begin - 1] - flags if begin else first
         if address % page:
-            raise Damaged(f"no record of RAM behind the page at {begin:#x}: found {word:#018x}")
-        runs.append((begin, length))
-        begin, length = address, 1
-    runs.append((begin, length))
+            raise Damaged(f"no record of RAM behind the page at {first:#x}: found {words[begin - 1]:#018x}")
+        runs.append((address, end - begin))
     return tuple(runs)

@@ -88,10 +88,10 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
             # A descriptor shared with a shell or ssh may have been made non-blocking by the other side.
-            _wait(fd, select.POLLOUT)
+            wait(fd, select.POLLOUT)
 
 
-def _wait(fd: int, event: int) -> None:
+def wait(fd: int, event: int) -> None:
     poll = select.poll()
     poll.register(fd, event)
     poll.poll()
@@ -114,7 +114,7 @@ class FdReader:
             try:
                 return os.readv(self.fd, [view])
             except BlockingIOError:
-                _wait(self.fd, select.POLLIN)
+                wait(self.fd, select.POLLIN)
 
 
 class Counted(FdReader):
@@ -358,10 +358,10 @@ class Window:
         self.flush()
         ahead = self._end - self._at
         target = self._buffer
-        if ahead > len(target) // 2:
-            target = memory(2 * len(target))
+        if ahead + EVEN > len(target) // 2:
+            target = memory(2 * (ahead + EVEN))
         # What is read next comes to an even place.
-        start = -ahead % mmap.PAGESIZE
+        start = -ahead % EVEN
         # The two may overlap; views are moved as memmove does.
         target[start : start + ahead] = self._buffer[self._at : self._end]
         self._buffer = target

@@ -7,6 +7,7 @@ cannot run a guest without them.
 """
 
 import contextlib
+import os
 import select
 import socket
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from . import layout
 from .check import Judge, State, judge
 from .errors import CannotDo, Damaged
-from .octets import HOLD, Pushback, Reader, enlarge, read_up_to, write_all
+from .octets import HOLD, Pushback, Reader, enlarge, kind, read_up_to, wait, write_all
 from .reader import StateReader
 from .records import Blocks, Command, Configuration
 
@@ -58,12 +59,71 @@ def read_head(source: Reader) -> tuple[Head, bytes]:
     raise Damaged("no list of RAM blocks in the state")
 
 
+class Peeked:
+    """QEMU's socket, whose bytes are looked at while they stay there, and then go to the sink.
+
+    Where the sink is a pipe they go past our memory (splice), which saves one of two copies.  Too many of them would
+    keep QEMU from sending more: from the device sections on, all of which are held until the end, they are taken.
+    """
+
+    # Less than any socket has room for, more than a page.
+    MOST = 32 << 10
+    SO_PEEK_OFF = 42
+
+    def __init__(self, qemu: socket.socket, sink: int) -> None:
+        self._qemu = qemu
+        self._sink = sink
+        self._stay = kind(sink) == "pipe"
+        self._waiting = 0
+        if self._stay:
+            qemu.setsockopt(socket.SOL_SOCKET, self.SO_PEEK_OFF, 0)
+
+    def readinto(self, view: memoryview, /) -> int:
+        if self._stay and self._waiting > self.MOST:
+            self._take(self._waiting)
+            self._stay = False
+        count = self._qemu.recv_into(view, 0, socket.MSG_PEEK if self._stay else 0)
+        self._waiting += count if self._stay else 0
+        return count
+
+    def quiet(self) -> bool:
+        """Nothing has come, nor its end, that has not been looked at."""
+        try:
+            self._qemu.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        return False
+
+    def drop(self, view: memoryview) -> None:
+        """These bytes, the oldest ones, are not for the sink."""
+        if self._stay:
+            self._take(len(view))
+
+    def send(self, view: memoryview) -> None:
+        """These bytes, the oldest ones, to the sink."""
+        left = len(view) if self._stay else 0
+        self._waiting -= left
+        while left:
+            try:
+                left -= os.splice(self._qemu.fileno(), self._sink, left)
+            except BlockingIOError:
+                wait(self._sink, select.POLLOUT)
+        if not self._stay:
+            write_all(self._sink, view)
+
+    def _take(self, count: int) -> None:
+        self._waiting -= count
+        while count:
+            count -= len(self._qemu.recv(count))
+
+
 class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left."""
 
     def __init__(self, qemu: socket.socket, sink: int) -> None:
         self._qemu = qemu
-        self._sink = sink
+        self._peeked = Peeked(qemu, sink)
+        self._reader = StateReader(self, self._pass)
         self._came = 0
         self._cuts: list[tuple[int, int]] = []
         self._passed = 0
@@ -75,7 +135,7 @@ class Outgoing:
 
         Raises what writing to the sink raises.
         """
-        reader, court = StateReader(self, self._pass), Judge()
+        reader, court = self._reader, Judge()
         try:
             for record in reader:
                 court.see(record)
@@ -85,7 +145,7 @@ class Outgoing:
         except Damaged as error:
             raise CannotDo(f"QEMU's stream is not as it should be: {error}", *error.hints) from error
         # A guest can put what looks like an end into a device.
-        if not court.ended or self._more_is_there():
+        if not court.ended or not self._peeked.quiet():
             raise CannotDo(f"QEMU's stream does not end as it should, at offset {reader.window.offset}")
         reader.window.flush()
         return court.state
@@ -98,7 +158,9 @@ class Outgoing:
             raise CannotDo("QEMU gave up when it had sent everything") from error
 
     def readinto(self, view: memoryview, /) -> int:
-        count = self._qemu.recv_into(view)
+        # What has been judged leaves first: it is still in QEMU's socket.
+        self._reader.window.flush()
+        count = self._peeked.readinto(view)
         if not count:
             raise CannotDo(f"QEMU gave up after {self._came} bytes" if self._came else "QEMU gave up at once")
         self._came += count
@@ -109,19 +171,15 @@ class Outgoing:
             self._cuts.append((command.offset, command.offset + layout.COMMAND.size + len(command.data)))
 
     def _pass(self, view: memoryview) -> None:
-        """Write what is to leave of these bytes, the next ones of the stream."""
+        """What is to leave of these bytes, the next ones of the stream."""
         begin, end = self._passed, self._passed + len(view)
         at = begin
         for first, behind in [cut for cut in self._cuts if begin <= cut[0] < end] + [(end, end)]:
-            write_all(self._sink, view[at - begin : first - begin])
+            self._peeked.send(view[at - begin : first - begin])
+            self._peeked.drop(view[first - begin : behind - begin])
             self.sent += first - at
             at = behind
         self._passed = end
-
-    def _more_is_there(self) -> bool:
-        poll = select.poll()
-        poll.register(self._qemu, select.POLLIN)
-        return bool(poll.poll(0))
 
 
 class QemuStopped(Exception):

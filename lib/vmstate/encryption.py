@@ -12,7 +12,8 @@ from typing import Any
 from . import keys
 from .errors import CannotDo, Damaged, Stopped, VmstateError
 from .gpg import Gpg, Keyring, Means, Task, Verdict, reader_gone
-from .octets import BLOCK, HOLD, FdReader, Ring, kind, read_up_to
+from .hold import Pipes, Ring, hold
+from .octets import HOLD, FdReader, kind, read_up_to
 from .openpgp import look_ahead
 
 # gpg would else look for unknown keys in the network, and obey a gpg.conf that asks for armour.
@@ -64,7 +65,7 @@ class Cipher:
         self._fd = fd
         self._means = means or Means()
         self._gpg: Gpg | None = None
-        self._ring: Ring | None = None
+        self._ring: Pipes | Ring | None = None
         self.signatures: list[Signature] = []
 
     @property
@@ -125,16 +126,22 @@ class Cipher:
         message, first, size = look_ahead(FdReader(self._source))
         if message.integrity == "none":
             raise Damaged("the message has no integrity protection: anyone could have changed it")
-        self._ring = Ring(HOLD + BLOCK)
-        self._gpg = Gpg(self._means, self._source, first, self._fd, self._ring)
+        self._ring = hold(HOLD)
+        try:
+            self._decrypt(self._ring, first, size, signers or [])
+        finally:
+            self._ring.close()
+
+    def _decrypt(self, ring: Pipes | Ring, first: bytes, size: int | None, signers: list[str]) -> None:
+        self._gpg = Gpg(self._means, self._source, first, self._fd, ring)
         verdict = self._gpg.work(lambda gpg, message: gpg.decrypt_file(message))
         self.signatures = _signatures(verdict)
-        reason = _judge_decryption(verdict, self.signatures, signers or [])
+        reason = _judge_decryption(verdict, self.signatures, signers)
         if isinstance(reason, Damaged) and verdict.all_sent and _is_cut(verdict, self.came, size):
             raise Damaged("the message is cut: it ends before its integrity could be checked") from reason
         if reason is not None:
             raise reason
-        self._ring.drain(self._fd)
+        ring.drain(self._fd)
 
 
 def _show_the_terminal() -> None:

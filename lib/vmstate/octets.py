@@ -1,4 +1,4 @@
-"""The only place that reads and writes descriptors: inputs, outputs, and the ring between them.
+"""The place that reads and writes descriptors (with `hold`): inputs, outputs, and windows on them.
 
 Bulk bytes pass in blocks of up to 1 MiB (`BLOCK`) and are never joined or copied on their way. All offsets count bytes
 from the start of the input.
@@ -155,43 +155,6 @@ def read_up_to(source: Reader, count: int) -> bytes:
                 break
             have += got
     return bytes(data[:have])
-
-
-class Ring:
-    """Bytes on their way through one fixed piece of memory.
-
-    They come in at `space()` + `filled(n)` and leave from `oldest(keep)` + `taken(n)`.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.came = 0
-        self.left = 0
-        self._view = memory(size)
-
-    def space(self) -> memoryview:
-        """Where the next bytes go: one piece of at most a block."""
-        at = self.came % self.size
-        free = self.size - (self.came - self.left)
-        return self._view[at : at + min(free, self.size - at, -at % EVEN or BLOCK)]
-
-    def filled(self, count: int) -> None:
-        self.came += count
-
-    def oldest(self, keep: int = 0) -> memoryview:
-        """The bytes next to leave, in one piece; the newest `keep` bytes stay."""
-        at = self.left % self.size
-        ready = max(0, self.came - self.left - keep)
-        return self._view[at : at + min(ready, self.size - at)]
-
-    def taken(self, count: int) -> None:
-        self.left += count
-
-    def drain(self, fd: int, keep: int = 0) -> None:
-        """Write to `fd` all but the newest `keep` bytes."""
-        while ready := self.oldest(keep):
-            write_all(fd, ready)
-            self.taken(len(ready))
 
 
 class Output:

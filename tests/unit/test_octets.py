@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vmstate import octets
 from vmstate.errors import CannotDo, WrongUsage
-from vmstate.octets import BLOCK, FdReader, Output, Pushback, Ring, read_up_to, unread, wait_until_read, write_all
+from vmstate.octets import FdReader, Output, Pushback, read_up_to, unread, wait_until_read, write_all
 
 
 class Bytes:
@@ -25,47 +25,6 @@ class Bytes:
         view[:count] = self.data[:count]
         self.data = self.data[count:]
         return count
-
-
-@given(st.lists(st.binary(min_size=1, max_size=40)), st.integers(8, 64), st.integers(0, 7))
-def test_a_ring_gives_what_came(pieces: list[bytes], size: int, keep: int) -> None:
-    ring = Ring(size)
-    came = left = b""
-    for piece in pieces:
-        while piece:
-            space = ring.space()
-            count = min(len(space), len(piece))
-            assert count
-            space[:count] = piece[:count]
-            ring.filled(count)
-            came, piece = came + piece[:count], piece[count:]
-            while ready := ring.oldest(keep):
-                left += bytes(ready)
-                ring.taken(len(ready))
-            assert came.startswith(left)
-            assert len(came) - len(left) == min(keep, len(came))
-    assert ring.came == len(came)
-    assert ring.left == len(left)
-
-
-@pytest.mark.parametrize("size", [0, 1, 4095, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
-@pytest.mark.parametrize("hold", [1, 4096, BLOCK, BLOCK + 1])
-def test_a_ring_keeps_the_newest_back(tmp_path: Path, size: int, hold: int) -> None:
-    data = os.urandom(size)
-    path = tmp_path / "out"
-    with path.open("wb", buffering=0) as file:
-        ring = Ring(hold + BLOCK)
-        at = 0
-        while at < size:
-            space = ring.space()[:70_001]
-            piece = data[at : at + len(space)]
-            space[: len(piece)] = piece
-            ring.filled(len(piece))
-            ring.drain(file.fileno(), hold)
-            at += len(piece)
-        assert path.read_bytes() == data[: max(0, size - hold)]
-        ring.drain(file.fileno())
-    assert path.read_bytes() == data
 
 
 @given(st.binary(max_size=300), st.integers(0, 300), st.integers(1, 50))

@@ -36,4 +36,4 @@ _vmstate()
 }
 
 complete -o filenames -F _vmstate \
-    vm-announce vm-cancel vm-compress vm-cont vm-dump vm-encrypt vm-inspect vm-restore vm-speed vm-status vm-stop vm-verify
+    vm-announce vm-cancel vm-compress vm-cont vm-dump vm-encrypt vm-inspect vm-migrate vm-restore vm-speed vm-status vm-stop vm-verify

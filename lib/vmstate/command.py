@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import CannotDo, Stopped, VmstateError, WrongUsage
-from .report import Report
+from .report import Report, rate_value
 
 Options = dict[str, Any]
 Main = Callable[[Options, Report], int | None]
@@ -183,6 +183,23 @@ def progress_mode(options: Options) -> str:
     if options["--no-progress"] or options["--quiet"]:
         return "off"
     return "on" if options["--progress"] else "auto"
+
+
+def rate_option(options: Options) -> int | None:
+    """--speed in bytes a second."""
+    try:
+        return None if options["--speed"] is None else rate_value(options["--speed"])
+    except ValueError as error:
+        raise WrongUsage(f"--speed: {error}") from error
+
+
+def downtime_option(options: Options) -> int | None:
+    """--downtime in ms."""
+    text = options["--downtime"]
+    # QEMU's own limit.
+    if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= 2000000):
+        raise WrongUsage(f"--downtime: expected a whole number of milliseconds up to 2000000, found '{text}'")
+    return None if text is None else int(text)
 
 
 def change_run_state(options: Options, report: Report, change: Callable[[str], Any]) -> None:

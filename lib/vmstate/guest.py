@@ -19,6 +19,9 @@ T = TypeVar("T")
 NAME = "vmstate"
 # QEMU's own rhythm, in ms
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+# An object in a QEMU whose guest is moved: once it is 'postmigrate' and 'completed', the guest runs elsewhere.
+MARK = "vmstate-moved"
+ON = ("return-path",)
 LEFT_OVER = ("return-path", "late-block-activate")
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
@@ -155,6 +158,20 @@ def _set_capabilities(monitor: Monitor, had: list[dict[str, Any]], wanted: list[
             monitor.ask("migrate-set-capabilities", capabilities=change)
 
 
+def marked(monitor: Monitor) -> bool:
+    """Whether the guest was sent to another QEMU, and not into a file."""
+    return any(found["name"] == MARK for found in monitor.ask("qom-list", path="/objects"))
+
+
+def mark(monitor: Monitor) -> None:
+    monitor.ask("object-add", **{"qom-type": "secret", "id": MARK, "data": "moved"})
+
+
+def unmark(monitor: Monitor) -> None:
+    with contextlib.suppress(Refused):
+        monitor.ask("object-del", id=MARK)
+
+
 def ram_blocks(monitor: Monitor) -> dict[str, tuple[int, int]]:
     """Name to used and greatest size, in bytes, of each RAM block of a guest."""
     text = monitor.ask("x-query-ramblock")["human-readable-text"]
@@ -197,15 +214,23 @@ def limit(path: str, rate: int) -> Standing:
         return look(monitor)
 
 
-def cont(path: str) -> Standing:
-    """Let a guest run; CannotDo where it waits for a state, or QEMU refuses (a disk image locked by another)."""
+def cont(path: str, force: bool = False) -> Standing:
+    """Let a guest run; CannotDo where it waits for a state, or QEMU refuses (a disk image locked by another).
+
+    Unsettled where it was moved to another QEMU, unless `force`.
+    """
     with Monitor(path) as monitor:
         standing = look(monitor)
         if standing.run == "inmigrate":
             raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
         if standing.moving:
             raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
-        return cont_in(monitor)
+        if standing.given_away and marked(monitor) and not force:
+            hint = f"only once it is gone there: vm-cont --force {path}"
+            raise Unsettled(f"the guest at {path} was moved, and is where it was sent to", hint)
+        after = cont_in(monitor)
+        unmark(monitor)
+        return after
 
 
 def cont_in(monitor: Monitor) -> Standing:
@@ -278,31 +303,53 @@ class Sending:
     is the point of no return; when instead our end closes, also by our death, the guest runs on by itself.
     """
 
-    def __init__(self, path: str, *, rate: int | None = None, downtime: int | None = None) -> None:
+    def __init__(
+        self, path: str, *, rate: int | None = None, downtime: int | None = None, on: tuple[str, ...] = ON
+    ) -> None:
         self.path = path
         self._rate = rate
         self._downtime = downtime
+        self._on = on
         self.found = Found()
         self._stopped = False
         self.begun = False
 
-    def start(self, fd: int, *, stopped: bool, watch: Callable[[], None]) -> None:
+    def start(self, fd: int, *, stopped: bool = False, watch: Callable[[], None] = lambda: None) -> None:
         """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called.
 
         Once `begun` is true there is something for `take_back` to undo, also where this raises.
         """
+
+        def send(monitor: Monitor) -> None:
+            if stopped and self.found.ran:
+                watch()
+                self._stopped = True
+                monitor.ask("stop")
+            monitor.give(NAME, fd)
+            monitor.ask("migrate", uri=f"fd:{NAME}")
+
+        self._begin(send)
+
+    def move(self, uri: str, fd: int | None = None) -> None:
+        """Send to another QEMU: at `uri`, or behind the descriptor `fd`.  The guest is marked as one that is moved."""
+
+        def send(monitor: Monitor) -> None:
+            mark(monitor)
+            if fd is not None:
+                monitor.give(NAME, fd)
+            monitor.ask("migrate", uri=uri if fd is None else f"fd:{NAME}")
+
+        self._begin(send)
+
+    def _begin(self, send: Callable[[Monitor], None]) -> None:
         with Monitor(self.path) as monitor:
             standing = require_sendable(monitor, self.path)
             self.found.ran = standing.run in ("running", "suspended")
             self.begun = True
             try:
-                prepare(monitor, ("return-path",), self._parameters(monitor), self.found)
-                if stopped and self.found.ran:
-                    watch()
-                    self._stopped = True
-                    monitor.ask("stop")
-                monitor.give(NAME, fd)
-                monitor.ask("migrate", uri=f"fd:{NAME}")
+                unmark(monitor)
+                prepare(monitor, self._on, self._parameters(monitor), self.found)
+                send(monitor)
             except Refused as error:
                 raise _explained(error, self.path) from error
 
@@ -337,6 +384,7 @@ class Sending:
         if standing.moving or standing.given_away:
             words = f"another migration of the guest at {self.path} has begun meanwhile ({standing.migration})"
             raise Unsettled(words, f"vm-status {self.path}")
+        unmark(monitor)
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)

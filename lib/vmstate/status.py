@@ -1,11 +1,14 @@
 """Where a guest stands, in words, and what to do next."""
 
 import shlex
+import time
 from dataclasses import dataclass
 from typing import Any
 
+from .command import hold_signals, release_signals
 from .dump import sample_of
-from .guest import Standing, look
+from .errors import VmstateError
+from .guest import Standing, glance, look, marked, patiently
 from .monitor import Monitor
 from .progress import Sample
 from .report import time_words
@@ -65,8 +68,34 @@ def of(path: str) -> Status:
     with Monitor(path) as monitor:
         standing = look(monitor)
         capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
+        moved = standing.given_away and marked(monitor)
     leftovers = () if standing.moving else tuple(sorted(capabilities & {"return-path", "late-block-activate"}))
+    if moved:
+        force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
+        return Status(path, standing, leftovers, "was moved and stands paused here", (force,))
     return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
+
+
+def sample(path: str) -> Sample | None:
+    """How far the migration of the guest at `path` is; None where that is not known now, or there is none."""
+    try:
+        standing = glance(path, 0.4)
+    except VmstateError:
+        return None
+    return sample_of(standing.info) if standing.moving else None
+
+
+def wait_until_it_stands(path: str) -> None:
+    """Return once no migration of the guest runs; GuestGone where its QEMU ends."""
+    moving = True
+    while moving:
+        # What a signal raises in the midst of a conversation can get lost in it.
+        hold_signals()
+        try:
+            moving = patiently(path, look).moving
+        finally:
+            release_signals()
+        time.sleep(0.2 if moving else 0)
 
 
 def _words(standing: Standing, leftovers: tuple[str, ...]) -> str:

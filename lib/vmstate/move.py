@@ -1,0 +1,195 @@
+"""A guest to another QEMU, over a channel that QEMU itself speaks on.
+
+Where the channel has two directions the far end says how it fared, and a guest that did not arrive runs on here.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import guest
+from .command import hold_signals, no_more_signals, release_signals
+from .dump import Dump, sample_of, words_of
+from .dump import Plan as DumpPlan
+from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
+from .guest import Standing
+from .octets import kind
+from .progress import Progress, Sample
+from .report import Report
+
+LOOK = 0.05
+KINDS = "tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to: `uri` as QEMU knows it, `fd` to be handed to it, or `command` for the shell."""
+
+    uri: str
+    fd: int | None = None
+    command: str | None = None
+    answers: bool = True
+
+
+def target_of(uri: str) -> Target:
+    """WrongUsage for what is none of `KINDS`."""
+    name, _, rest = uri.partition(":")
+    if name == "tcp" and rest.rpartition(":")[2].isdigit() and rest.rpartition(":")[0]:
+        return Target(uri)
+    if name == "unix" and rest:
+        # QEMU may have another working directory.
+        return Target(f"unix:{os.path.abspath(rest)}")
+    if name == "exec" and rest:
+        return Target(uri, command=rest)
+    if name == "fd" and rest.isascii() and rest.isdecimal():
+        return _descriptor(uri, int(rest))
+    raise WrongUsage(f"'{uri}' is no place to move a guest to", f"expected {KINDS}")
+
+
+def _descriptor(uri: str, fd: int) -> Target:
+    try:
+        return Target(uri, fd, answers=kind(fd) == "socket")
+    except OSError as error:
+        hint = "open it in the shell, as in: vm-migrate a.qmp fd:3 3<>/dev/tcp/HOST/PORT"
+        raise WrongUsage(f"{uri}: {os.strerror(error.errno or 0).lower()}", hint) from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `after` 'paused' or 'quit'.
+
+    on: further capabilities of QEMU.  timeout: in seconds, rounds: how often RAM is gone through; then it is cancelled.
+    """
+
+    path: str
+    target: Target
+    after: str = "paused"
+    rate: int | None = None
+    downtime: int | None = None
+    on: tuple[str, ...] = field(default=())
+    timeout: float | None = None
+    rounds: int | None = None
+
+
+class Move:
+    """One move, from its plan to its outcome."""
+
+    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+        self._plan = plan
+        self._report = report
+        self._mode = mode
+        self._started = time.monotonic()
+        self._standing: Standing | None = None
+        on = (("return-path",) if plan.target.answers else ()) + plan.on
+        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on)
+
+    def begin(self) -> None:
+        """QEMU sends, and goes on by itself."""
+        hold_signals()
+        try:
+            self._sending.move(self._plan.target.uri, self._plan.target.fd)
+        except BaseException as error:
+            raise self._put_back(error) from error
+
+    def run(self) -> dict[str, Any]:
+        """Until the guest has arrived; whatever goes wrong before, it runs on here."""
+        self.begin()
+        try:
+            release_signals()
+            with Progress(self._report, self._mode, self._sample):
+                self._follow()
+            self._arrived()
+        except BaseException as error:
+            raise self._put_back(error) from error
+        no_more_signals()
+        info = self._sending.completed().info
+        return self._outcome(info, guest.finish(self._plan.path, self._plan.after))
+
+    def _follow(self) -> None:
+        """Look until it is over; CannotDo once it has taken too long."""
+        while True:
+            # What is raised in the midst of a conversation can get lost in it.
+            hold_signals()
+            try:
+                standing = self._standing = guest.glance(self._plan.path)
+            except GuestGone:
+                raise
+            except VmstateError:
+                # Another command has the monitor; QEMU does not need us.
+                continue
+            finally:
+                release_signals()
+            if not standing.moving and standing.run != "finish-migrate":
+                return
+            if reason := self._too_long(standing):
+                raise CannotDo(reason, "a higher --downtime, --auto-converge or vm-speed may help")
+            time.sleep(LOOK)
+
+    def _too_long(self, standing: Standing) -> str | None:
+        if standing.run == "finish-migrate":
+            return None
+        plan, now = self._plan, standing.info.get("ram", {}).get("dirty-sync-count", 0)
+        if plan.timeout is not None and time.monotonic() - self._started > plan.timeout:
+            return f"the move was not over in {plan.timeout:g} s, in round {now}"
+        if plan.rounds is not None and now > plan.rounds:
+            return f"the move does not come to an end: {plan.rounds} rounds are over, and pages are left"
+        return None
+
+    def _arrived(self) -> None:
+        standing = self._standing
+        assert standing
+        if standing.migration == "cancelled":
+            raise CannotDo("the migration was cancelled")
+        if not standing.given_away:
+            reason = standing.reason or "the other QEMU did not take it, and says why on its standard error"
+            raise CannotDo(f"the guest was not moved: {reason}")
+
+    def _sample(self) -> Sample | None:
+        return sample_of(self._standing.info) if self._standing and self._standing.moving else None
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        no_more_signals()
+        if not self._sending.begun or isinstance(error, GuestGone):
+            return error
+        path = self._plan.path
+        try:
+            if guest.glance(path).moving:
+                guest.cancel(path)
+            standing = self._sending.take_back()
+        except GuestGone:
+            return error
+        except VmstateError as trouble:
+            why = "a signal came" if isinstance(error, Stopped) else str(error)
+            if _is_moved(path):
+                return Unsettled(f"{why}; but the guest had arrived before", f"vm-status {path}")
+            return Unsettled(f"{why}; and the guest could not be put back: {trouble}", f"vm-status {path}")
+        if isinstance(error, Stopped) or not isinstance(error, VmstateError):
+            return error
+        return CannotDo(f"{error}; the guest {words_of(standing.run)}", *error.hints)
+
+    def _outcome(self, info: dict[str, Any], state: str) -> dict[str, Any]:
+        ram = info.get("ram", {})
+        return {
+            "guest": self._plan.path,
+            "state": state,
+            "uri": self._plan.target.uri,
+            "bytes": ram.get("transferred"),
+            "rounds": ram.get("dirty-sync-count"),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "downtime_ms": info.get("downtime"),
+        }
+
+
+def _is_moved(path: str) -> bool:
+    try:
+        return guest.glance(path).given_away
+    except VmstateError:
+        return False
+
+
+def into_command(plan: Plan, report: Report, mode: str) -> dict[str, Any]:
+    """The move into a shell's command, whose exit status counts: a dump."""
+    to = plan.target.command
+    dump = DumpPlan(plan.path, after=plan.after, rate=plan.rate, downtime=plan.downtime, to=to)
+    return {**Dump(dump, report, mode).run(), "uri": plan.target.uri}

@@ -15,6 +15,8 @@ from vmstate.compression import Members, Unzstd, recognise, unpacked
 from vmstate.errors import Damaged
 from vmstate.octets import BLOCK, Reader
 
+from unit.streams import Pieces
+
 CONTENT = b"QEVM" + bytes(range(256)) * 3 + bytes(2000) + os.urandom(64)
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -25,20 +27,6 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 SKIPPABLE = struct.pack("<II", 0x184D2A5E, 5) + b"index"
 # Around the edges of zstd's blocks, of our own pieces, and of what a pipe gives at once.
 EDGES = [1, 2, 3, 65535, 65536, 65537, 131071, 131072, 131073, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK]
-
-
-class Pieces:
-    """A `Reader` that gives at most `size` bytes at a time."""
-
-    def __init__(self, data: bytes, size: int = 1 << 30) -> None:
-        self.data = memoryview(data)
-        self.size = size
-
-    def readinto(self, view: memoryview, /) -> int:
-        count = min(len(view), self.size, len(self.data))
-        view[:count] = self.data[:count]
-        self.data = self.data[count:]
-        return count
 
 
 def everything(source: Reader, step: int = BLOCK) -> bytes:

@@ -1,4 +1,4 @@
-"""Descriptors, the ring, the held output, and named files that appear whole or not at all."""
+"""Descriptors, the held output, and named files that appear whole or not at all."""
 
 import os
 import socket
@@ -13,23 +13,12 @@ from vmstate import octets
 from vmstate.errors import CannotDo, WrongUsage
 from vmstate.octets import FdReader, Output, Pushback, read_up_to, unread, wait_until_read, write_all
 
-
-class Bytes:
-    """A reader over bytes that gives at most `step` at a time."""
-
-    def __init__(self, data: bytes, step: int = 1 << 30) -> None:
-        self.data, self.step = memoryview(data), step
-
-    def readinto(self, view: memoryview) -> int:
-        count = min(len(view), len(self.data), self.step)
-        view[:count] = self.data[:count]
-        self.data = self.data[count:]
-        return count
+from unit.streams import Pieces
 
 
 @given(st.binary(max_size=300), st.integers(0, 300), st.integers(1, 50))
 def test_pushback_then_the_rest(data: bytes, cut: int, step: int) -> None:
-    source = Pushback(data[:cut], Bytes(data[cut:], step))
+    source = Pushback(data[:cut], Pieces(data[cut:], step))
     assert read_up_to(source, 1000) == data
     assert read_up_to(source, 1000) == b""
 

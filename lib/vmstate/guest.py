@@ -122,6 +122,7 @@ def patiently(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
         except CannotDo:
             if time.monotonic() > give_up:
                 raise
+            time.sleep(0.05)
 
 
 def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], found: Found) -> None:

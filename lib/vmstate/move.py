@@ -3,6 +3,7 @@
 Where the channel has two directions the far end says how it fared, and a guest that did not arrive runs on here.
 """
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -103,8 +104,12 @@ class Move:
         except BaseException as error:
             raise self._put_back(error) from error
         no_more_signals()
-        info = self._sending.completed().info
-        return self._outcome(info, guest.finish(self._plan.path, self._plan.after))
+        path = self._plan.path
+        try:
+            info = self._sending.completed().info
+        except VmstateError as error:
+            raise Unsettled(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
+        return self._outcome(info, guest.finish(path, self._plan.after))
 
     def _follow(self) -> None:
         """Look until it is over; CannotDo once it has taken too long."""
@@ -117,6 +122,7 @@ class Move:
                 raise
             except VmstateError:
                 # Another command has the monitor; QEMU does not need us.
+                time.sleep(LOOK)
                 continue
             finally:
                 release_signals()
@@ -150,15 +156,14 @@ class Move:
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
-        if not self._sending.begun or isinstance(error, GuestGone):
+        if not self._sending.begun:
             return error
         path = self._plan.path
         try:
-            if guest.glance(path).moving:
-                guest.cancel(path)
+            self._cancel()
             standing = self._sending.take_back()
-        except GuestGone:
-            return error
+        except GuestGone as gone:
+            return Unsettled(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
         except VmstateError as trouble:
             why = "a signal came" if isinstance(error, Stopped) else str(error)
             if _is_moved(path):
@@ -167,6 +172,14 @@ class Move:
         if isinstance(error, Stopped) or not isinstance(error, VmstateError):
             return error
         return CannotDo(f"{error}; the guest {words_of(standing.run)}", *error.hints)
+
+    def _cancel(self) -> None:
+        """Not in the last step: the other QEMU may let the guest run already, and its word be on the way."""
+        path = self._plan.path
+        standing = guest.patiently(path, guest.look)
+        if standing.moving and standing.run != "finish-migrate":
+            with contextlib.suppress(CannotDo):
+                guest.cancel(path)
 
     def _outcome(self, info: dict[str, Any], state: str) -> dict[str, Any]:
         ram = info.get("ram", {})

@@ -62,11 +62,12 @@ def read_head(source: Reader) -> tuple[Head, bytes]:
 class Peeked:
     """QEMU's socket, whose bytes are looked at while they stay there, and then go to the sink.
 
-    Where the sink is a pipe they go past our memory (splice), which saves one of two copies.  Too many of them would
-    keep QEMU from sending more: from the device sections on, all of which are held until the end, they are taken.
+    Where the sink is a pipe they go past our memory (splice), which saves one of two copies.  Those that stay are taken
+    before we sleep: they could keep QEMU from sending more, and kernels before 6.18 show them again to one who has
+    slept in a peek (Linux 7bf3a476ce43).  From the device sections on, held until the end, all are taken.
     """
 
-    # Less than any socket has room for, more than a page.
+    # More than a page; with more than this the device sections have begun.
     MOST = 32 << 10
     SO_PEEK_OFF = 42
 
@@ -74,7 +75,9 @@ class Peeked:
         self._qemu = qemu
         self._sink = sink
         self._stay = kind(sink) == "pipe"
+        # Bytes that were looked at: those that are still in the socket, and older ones that have been taken
         self._waiting = 0
+        self._taken = 0
         if self._stay:
             qemu.setsockopt(socket.SOL_SOCKET, self.SO_PEEK_OFF, 0)
 
@@ -82,9 +85,19 @@ class Peeked:
         if self._stay and self._waiting > self.MOST:
             self._take(self._waiting)
             self._stay = False
-        count = self._qemu.recv_into(view, 0, socket.MSG_PEEK if self._stay else 0)
-        self._waiting += count if self._stay else 0
+        if not self._stay:
+            return self._qemu.recv_into(view)
+        count = self._peek(view)
+        self._waiting += count
         return count
+
+    def _peek(self, view: memoryview) -> int:
+        try:
+            return self._qemu.recv_into(view, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._taken += self._waiting
+            self._take(self._waiting)
+            return self._qemu.recv_into(view, 0, socket.MSG_PEEK)
 
     def quiet(self) -> bool:
         """Nothing has come, nor its end, that has not been looked at."""
@@ -97,19 +110,25 @@ class Peeked:
     def drop(self, view: memoryview) -> None:
         """These bytes, the oldest ones, are not for the sink."""
         if self._stay:
-            self._take(len(view))
+            self._take(len(view) - self._of_taken(view))
 
     def send(self, view: memoryview) -> None:
         """These bytes, the oldest ones, to the sink."""
-        left = len(view) if self._stay else 0
+        ours = self._of_taken(view) if self._stay else len(view)
+        write_all(self._sink, view[:ours])
+        left = len(view) - ours
         self._waiting -= left
         while left:
             try:
                 left -= os.splice(self._qemu.fileno(), self._sink, left)
             except BlockingIOError:
                 wait(self._sink, select.POLLOUT)
-        if not self._stay:
-            write_all(self._sink, view)
+
+    def _of_taken(self, view: memoryview) -> int:
+        """How many of these bytes, the oldest ones, have been taken already; no longer counted then."""
+        count = min(self._taken, len(view))
+        self._taken -= count
+        return count
 
     def _take(self, count: int) -> None:
         self._waiting -= count

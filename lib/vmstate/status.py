@@ -8,7 +8,7 @@ from typing import Any
 from .command import hold_signals, release_signals
 from .dump import sample_of
 from .errors import VmstateError
-from .guest import Standing, glance, look, marked, patiently
+from .guest import Standing, glance, look, marked
 from .monitor import Monitor
 from .progress import Sample
 from .report import time_words
@@ -92,7 +92,7 @@ def wait_until_it_stands(path: str) -> None:
         # What a signal raises in the midst of a conversation can get lost in it.
         hold_signals()
         try:
-            moving = patiently(path, look).moving
+            moving = glance(path).moving
         finally:
             release_signals()
         time.sleep(0.2 if moving else 0)

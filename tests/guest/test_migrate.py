@@ -233,6 +233,7 @@ def test_the_next_dump_is_no_move(guests: Guests, work: Path) -> None:
         ("--after running a.qmp unix:b", "--after: expected paused or quit, found 'running'"),
         ("--timeout 0 a.qmp unix:b", "--timeout: expected a whole number above 0"),
         ("--speed fast a.qmp unix:b", "--speed: 'fast' is no rate"),
+        ("--after quit a.qmp fd:1", "could end the only whole copy"),
         ("-d --after quit a.qmp unix:b", "with -d nobody stays"),
         ("-d a.qmp exec:cat", "exec: does not go with -d"),
         ("--xbzrle a.qmp exec:cat", "exec: does not go with"),

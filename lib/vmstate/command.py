@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from . import __version__
@@ -128,6 +128,16 @@ def release_signals() -> None:
     _Held.held = False
     if _Held.waiting is not None:
         _stop(_Held.waiting, None)
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Around a talk with QEMU: what a signal raises in the midst of it can get lost in it."""
+    hold_signals()
+    try:
+        yield
+    finally:
+        release_signals()
 
 
 def _stop(number: int, _frame: object) -> None:

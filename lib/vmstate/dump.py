@@ -88,7 +88,7 @@ class Dump:
         self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch)
         self._theirs.close()
         release_signals()
-        with Progress(self._report, self._mode, self._sample):
+        with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
             return self._outgoing.run()
 
     def _prove(self) -> None:
@@ -145,13 +145,6 @@ class Dump:
         hints = error.hints if isinstance(error, VmstateError) else ()
         return CannotDo(f"{text}; the guest {words_of(standing.run)}", *hints)
 
-    def _sample(self) -> Sample | None:
-        try:
-            info = guest.glance(self._plan.path, 0.4).info
-        except VmstateError:
-            return None
-        return sample_of(info)
-
     def _outcome(self, saved: State, info: dict[str, Any], state: str) -> dict[str, Any]:
         return {
             "guest": self._plan.path,
@@ -169,6 +162,14 @@ def words_of(run: str) -> str:
     return {"running": "runs on", "paused": "is paused as before", "postmigrate": "is paused as before"}.get(
         run, f"is '{run}' as before"
     )
+
+
+def sample(path: str) -> Sample | None:
+    """How far the migration of the guest at `path` is; None where that is not known now."""
+    try:
+        return sample_of(guest.glance(path, 0.4).info)
+    except VmstateError:
+        return None
 
 
 def sample_of(info: dict[str, Any]) -> Sample | None:

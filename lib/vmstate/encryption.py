@@ -12,7 +12,7 @@ from typing import Any
 from . import keys
 from .errors import CannotDo, Damaged, Stopped, VmstateError
 from .gpg import Gpg, Keyring, Means, Task, Verdict, reader_gone
-from .hold import Pipes, Ring, hold
+from .hold import Place, hold
 from .octets import HOLD, FdReader, kind, read_up_to
 from .openpgp import look_ahead
 
@@ -65,7 +65,7 @@ class Cipher:
         self._fd = fd
         self._means = means or Means()
         self._gpg: Gpg | None = None
-        self._ring: Pipes | Ring | None = None
+        self._ring: Place | None = None
         self.signatures: list[Signature] = []
 
     @property
@@ -132,7 +132,7 @@ class Cipher:
         finally:
             self._ring.close()
 
-    def _decrypt(self, ring: Pipes | Ring, first: bytes, size: int | None, signers: list[str]) -> None:
+    def _decrypt(self, ring: Place, first: bytes, size: int | None, signers: list[str]) -> None:
         self._gpg = Gpg(self._means, self._source, first, self._fd, ring)
         verdict = self._gpg.work(lambda gpg, message: gpg.decrypt_file(message))
         self.signatures = _signatures(verdict)

@@ -18,8 +18,8 @@ from typing import Any
 import gnupg
 
 from .errors import CannotDo
-from .hold import SPLICE_F_NONBLOCK, Pipes, Ring
-from .octets import BLOCK, EVEN, HOLD, FdReader, channel, enlarge, kind, memory, write_all
+from .hold import Place
+from .octets import BLOCK, EVEN, HOLD, SPLICE_F_NONBLOCK, FdReader, channel, enlarge, kind, memory, write_all
 
 # gpg writes 8 KiB at a time; who waits for each of them wakes up a hundred times as often as needed.
 NAP = 0.0005
@@ -156,7 +156,7 @@ class Gpg(Keyring):
     `shutdown` ends it, and is killed when we die.
     """
 
-    def __init__(self, means: Means, source: int, first: bytes, fd: int, ring: Pipes | Ring | None = None) -> None:
+    def __init__(self, means: Means, source: int, first: bytes, fd: int, ring: Place | None = None) -> None:
         self._came = 0
         self.all_sent = False
         self.verdict: Any = None

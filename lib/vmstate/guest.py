@@ -315,7 +315,7 @@ class Sending:
         self._stopped = False
         self.begun = False
 
-    def start(self, fd: int, *, stopped: bool = False, watch: Callable[[], None] = lambda: None) -> None:
+    def start(self, fd: int, *, stopped: bool, watch: Callable[[], None]) -> None:
         """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called.
 
         Once `begun` is true there is something for `take_back` to undo, also where this raises.

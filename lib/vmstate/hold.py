@@ -12,10 +12,7 @@ import select
 from collections import deque
 from dataclasses import dataclass
 
-from .octets import BLOCK, EVEN, F_SETPIPE_SZ, FdReader, memory, wait, write_all
-
-# os has it from Python 3.12 on.
-SPLICE_F_NONBLOCK = 2
+from .octets import BLOCK, EVEN, F_SETPIPE_SZ, SPLICE_F_NONBLOCK, FdReader, memory, splice, wait, write_all
 
 
 class Ring:
@@ -125,10 +122,7 @@ class Pipes:
     def _move(self, pipe: _Pipe, fd: int) -> int:
         if self._buffer is None:
             try:
-                return os.splice(pipe.reading, fd, pipe.bytes)
-            except BlockingIOError:
-                wait(fd, select.POLLOUT)
-                return 0
+                return splice(pipe.reading, fd, pipe.bytes)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -139,7 +133,10 @@ class Pipes:
         return count
 
 
-def hold(size: int) -> "Pipes | Ring":
+Place = Pipes | Ring
+
+
+def hold(size: int) -> Place:
     """A place where `size` bytes can wait."""
     with contextlib.suppress(OSError):
         return Pipes(size)

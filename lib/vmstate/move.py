@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import guest
-from .command import hold_signals, no_more_signals, release_signals
+from .command import hold_signals, no_more_signals, release_signals, signals_wait
 from .dump import Dump, sample_of, words_of
 from .dump import Plan as DumpPlan
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
@@ -114,18 +114,15 @@ class Move:
     def _follow(self) -> None:
         """Look until it is over; CannotDo once it has taken too long."""
         while True:
-            # What is raised in the midst of a conversation can get lost in it.
-            hold_signals()
             try:
-                standing = self._standing = guest.glance(self._plan.path)
+                with signals_wait():
+                    standing = self._standing = guest.glance(self._plan.path)
             except GuestGone:
                 raise
             except VmstateError:
                 # Another command has the monitor; QEMU does not need us.
                 time.sleep(LOOK)
                 continue
-            finally:
-                release_signals()
             if not standing.moving and standing.run != "finish-migrate":
                 return
             if reason := self._too_long(standing):

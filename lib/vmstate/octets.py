@@ -30,6 +30,8 @@ WINDOW = 1 << 20
 EVEN = 32
 SIOCOUTQ = termios.TIOCOUTQ
 F_SETPIPE_SZ = 1031
+# os has it from Python 3.12 on.
+SPLICE_F_NONBLOCK = 2
 
 
 def kind(fd: int) -> str:
@@ -89,6 +91,18 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         except BlockingIOError:
             # A descriptor shared with a shell or ssh may have been made non-blocking by the other side.
             wait(fd, select.POLLOUT)
+
+
+def splice(source: int, sink: int, count: int) -> int:
+    """Move up to `count` bytes that are there, of which one end is a pipe, past our memory; how many went.
+
+    Raises what `write_all` raises.
+    """
+    while True:
+        try:
+            return os.splice(source, sink, count)
+        except BlockingIOError:
+            wait(sink, select.POLLOUT)
 
 
 def wait(fd: int, event: int) -> None:

@@ -7,8 +7,6 @@ cannot run a guest without them.
 """
 
 import contextlib
-import os
-import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from dataclasses import dataclass, field
 from . import layout
 from .check import Judge, State, judge
 from .errors import CannotDo, Damaged
-from .octets import HOLD, Pushback, Reader, enlarge, kind, read_up_to, wait, write_all
+from .octets import HOLD, Pushback, Reader, enlarge, kind, read_up_to, splice, write_all
 from .reader import StateReader
 from .records import Blocks, Command, Configuration
 
@@ -82,21 +80,22 @@ class Peeked:
             qemu.setsockopt(socket.SOL_SOCKET, self.SO_PEEK_OFF, 0)
 
     def readinto(self, view: memoryview, /) -> int:
-        if self._stay and self._waiting > self.MOST:
-            self._take(self._waiting)
+        if self._waiting > self.MOST:
+            self._take_waiting()
             self._stay = False
-        if not self._stay:
-            return self._qemu.recv_into(view)
-        count = self._peek(view)
-        self._waiting += count
+        if self._stay:
+            count = self._peek(view)
+            self._waiting += count
+        else:
+            count = self._qemu.recv_into(view)
+            self._taken += count
         return count
 
     def _peek(self, view: memoryview) -> int:
         try:
             return self._qemu.recv_into(view, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
-            self._taken += self._waiting
-            self._take(self._waiting)
+            self._take_waiting()
             return self._qemu.recv_into(view, 0, socket.MSG_PEEK)
 
     def quiet(self) -> bool:
@@ -109,26 +108,26 @@ class Peeked:
 
     def drop(self, view: memoryview) -> None:
         """These bytes, the oldest ones, are not for the sink."""
-        if self._stay:
-            self._take(len(view) - self._of_taken(view))
+        self._take(len(view) - self._of_taken(view))
 
     def send(self, view: memoryview) -> None:
         """These bytes, the oldest ones, to the sink."""
-        ours = self._of_taken(view) if self._stay else len(view)
+        ours = self._of_taken(view)
         write_all(self._sink, view[:ours])
         left = len(view) - ours
         self._waiting -= left
         while left:
-            try:
-                left -= os.splice(self._qemu.fileno(), self._sink, left)
-            except BlockingIOError:
-                wait(self._sink, select.POLLOUT)
+            left -= splice(self._qemu.fileno(), self._sink, left)
 
     def _of_taken(self, view: memoryview) -> int:
         """How many of these bytes, the oldest ones, have been taken already; no longer counted then."""
         count = min(self._taken, len(view))
         self._taken -= count
         return count
+
+    def _take_waiting(self) -> None:
+        self._taken += self._waiting
+        self._take(self._waiting)
 
     def _take(self, count: int) -> None:
         self._waiting -= count

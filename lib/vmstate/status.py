@@ -5,9 +5,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .command import hold_signals, release_signals
+from .command import signals_wait
 from .dump import sample_of
-from .errors import VmstateError
 from .guest import Standing, glance, look, marked
 from .monitor import Monitor
 from .progress import Sample
@@ -76,25 +75,12 @@ def of(path: str) -> Status:
     return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
 
 
-def sample(path: str) -> Sample | None:
-    """How far the migration of the guest at `path` is; None where that is not known now, or there is none."""
-    try:
-        standing = glance(path, 0.4)
-    except VmstateError:
-        return None
-    return sample_of(standing.info) if standing.moving else None
-
-
 def wait_until_it_stands(path: str) -> None:
     """Return once no migration of the guest runs; GuestGone where its QEMU ends."""
     moving = True
     while moving:
-        # What a signal raises in the midst of a conversation can get lost in it.
-        hold_signals()
-        try:
+        with signals_wait():
             moving = glance(path).moving
-        finally:
-            release_signals()
         time.sleep(0.2 if moving else 0)
 
 

@@ -76,18 +76,8 @@ def test_every_command_is_at_a_glance_in_vmstate_7() -> None:
 
 def sorted_as_in_use(commands: list[str]) -> list[str]:
     """The order of the tables: along the pipelines."""
-    first = [
-        "vm-dump",
-        "vm-restore",
-        "vm-announce",
-        "vm-compress",
-        "vm-encrypt",
-        "vm-status",
-        "vm-migrate",
-        "vm-cancel",
-        "vm-speed",
-    ]
-    first += ["vm-stop", "vm-cont"]
+    first = ["vm-dump", "vm-restore", "vm-announce", "vm-compress", "vm-encrypt", "vm-status", "vm-migrate"]
+    first += ["vm-cancel", "vm-speed", "vm-stop", "vm-cont"]
     return first + sorted(set(commands) - set(first))
 
 

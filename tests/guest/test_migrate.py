@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,45 @@ def test_a_signal_cancels(guests: Guests, work: Path, number: signal.Signals) ->
         move.communicate(timeout=30)
     assert move.returncode == -number
     as_it_was(source)
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_signal_in_the_last_step(guests: Guests, work: Path, arrived: bool) -> None:
+    """The other side has everything, and may run the guest already; here its word is still on the way."""
+    source = guests.running()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(work / "b.sock"))
+        listener.listen()
+        taker = threading.Thread(target=take_all, args=(listener, ends := []))
+        taker.start()
+        with migrating(work, source, "unix:b.sock") as move:
+            source.wait_status("finish-migrate")
+            there = ends[0]
+            move.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                move.wait(1)
+            assert source.status() == "finish-migrate"
+            if arrived:
+                # The return path's SHUT with 0: it has the whole state.
+                there.sendall(bytes((0, 1, 0, 4, 0, 0, 0, 0)))
+            there.shutdown(socket.SHUT_RDWR)
+            _, err = move.communicate(timeout=30)
+            taker.join(10)
+            there.close()
+    if arrived:
+        assert move.returncode == 5, err
+        assert b"a signal came; but the guest had arrived before" in err
+        assert source.status() == "postmigrate"
+    else:
+        assert move.returncode == -signal.SIGTERM, err
+        as_it_was(source)
+
+
+def take_all(listener: socket.socket, ends: list[socket.socket]) -> None:
+    there = listener.accept()[0]
+    ends.append(there)
+    while there.recv(1 << 20):
+        pass
 
 
 def test_vm_cancel_ends_it(guests: Guests, work: Path) -> None:

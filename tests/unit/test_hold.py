@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate.hold import Pipes, Ring, hold
+from vmstate.hold import Pipes, Place, Ring, hold
 from vmstate.octets import BLOCK, write_all
 
-Place = Pipes | Ring
 PLACES: dict[str, Callable[[int], Place]] = {"pipes": Pipes, "ring": lambda size: Ring(size + BLOCK)}
 
 

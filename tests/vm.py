@@ -114,7 +114,7 @@ class Qmp:
 
 @functools.cache
 def image() -> Path:
-    """The folder with vmlinuz, initrd.gz and metal.elf (VM_IMAGE, else .cache/guest), built if need be."""
+    """The folder with vmlinuz, initrd.gz, agent.gz and metal.elf (VM_IMAGE, else .cache/guest), built if need be."""
     folder = Path(os.environ.get("VM_IMAGE") or ROOT / ".cache/guest")
     subprocess.run([ROOT / "tests/image/build", folder], check=True, stdin=subprocess.DEVNULL, timeout=600)
     return folder
@@ -147,6 +147,7 @@ class Guest:
         incoming: str | None = None,
         net: list[str] | None = None,
         disk: Path | None = None,
+        agent: bool = False,
         append: str = "",
         extra: list[str] | None = None,
         accel: str | None = None,
@@ -154,11 +155,13 @@ class Guest:
         user: int | None = None,
     ) -> None:
         """`kind` is linux or metal; `mem` is in MiB; `net` replaces the arguments of the default card, [] is none;
-        a `disk` (see make_disk) has Linux log its counts there; `user` is a uid, who then owns `folder`."""
+        a `disk` (see make_disk) has Linux log its counts there; with `agent` it has a port for QEMU's guest agent,
+        which runs in a Linux guest and is heard at FOLDER/NAME.agent; `user` is a uid, who then owns `folder`."""
         if kind not in ("linux", "metal"):
             raise ValueError(f"kind {kind!r}: linux or metal")
         self.folder, self.name, self.kind, self.machine, self.mem = Path(folder), name, kind, machine, mem
         self.incoming, self.disk, self.append, self.user = incoming, disk, append, user
+        self.agent = agent
         self.net = self._default_net() if net is None else net
         self.extra = extra or []
         self.accel = accel or default_accel(kind, user)
@@ -184,7 +187,7 @@ class Guest:
         args += ["-serial", f"file:{self.path('serial')}"]
         for suffix in ("qmp", "test"):
             args += ["-qmp", f"unix:{self.path(suffix)},server=on,wait=off"]
-        args += [*self._kernel(), *self._disk(), *self.net, *self.extra]
+        args += [*self._kernel(), *self._disk(), *self.net, *self._agent(), *self.extra]
         return args + (["-incoming", self.incoming] if self.incoming else [])
 
     def _kernel(self) -> list[str]:
@@ -192,13 +195,21 @@ class Guest:
             # A simple CPU, else a KVM that lacks some feature of the default one has QEMU warn.
             return ["-cpu", "pentium3", "-kernel", str(image() / "metal.elf"), "-append", self.append]
         words = f"console=ttyS0 quiet loglevel=0 panic=1 {'disk ' if self.disk else ''}{self.append}"
-        return ["-kernel", str(image() / "vmlinuz"), "-initrd", str(image() / "initrd.gz"), "-append", words.strip()]
+        initrd = image() / ("agent.gz" if self.agent else "initrd.gz")
+        return ["-kernel", str(image() / "vmlinuz"), "-initrd", str(initrd), "-append", words.strip()]
 
     def _disk(self) -> list[str]:
         if not self.disk:
             return []
         drive = f"if=none,id=disk0,node-name=image0,format=qcow2,file={self.disk}"
         return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0"]
+
+    def _agent(self) -> list[str]:
+        if not self.agent:
+            return []
+        socket_ = f"socket,id=agent0,path={self.path('agent')},server=on,wait=off"
+        port = "virtserialport,chardev=agent0,name=org.qemu.guest_agent.0"
+        return ["-chardev", socket_, "-device", "virtio-serial-pci", "-device", port]
 
     def _default_net(self) -> list[str]:
         # A wire into nothing: no privileges, no section in the stream (slirp has one), no warning (a hub gives one).
@@ -360,6 +371,10 @@ class Guest:
         until(lambda: len(self.sums()) > seen, timeout, f"{self.name}: a new sum", self._context)
         return self.sums()[seen]
 
+    def uptimes(self) -> list[float]:
+        """The seconds since its start that stand before its counts; only with `agent`."""
+        return [float(seconds) for seconds in self._said(r"^uptime (\S+)\n")]
+
     def errors(self) -> int:
         """How many writes to the disk failed."""
         return len(self._said(r"^disk error\n"))
@@ -425,7 +440,8 @@ def _key(kwargs: dict[str, Any]) -> str:
     kind = kwargs.get("kind", "linux")
     defaults = {"kind": kind, "accel": default_accel(kind, kwargs.get("user")), "qemu": shlex.join(default_qemu())}
     given = {name: value for name, value in kwargs.items() if value is not None}
-    files = [image() / name for name in ("vmlinuz", "initrd.gz", "metal.elf")]
+    initrd = "agent.gz" if kwargs.get("agent") else "initrd.gz"
+    files = [image() / name for name in ("vmlinuz", initrd, "metal.elf")]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     text = json.dumps([defaults | given, stamps], sort_keys=True, default=str)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -50,7 +50,8 @@ def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
         status = main(options, report) or 0
         _finish()
     except VmstateError as error:
-        report.error(error)
+        if not error.told:
+            report.error(error)
         status = error.status
     except Stopped as stopped:
         _die_of(stopped.number)

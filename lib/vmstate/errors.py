@@ -14,9 +14,13 @@ Beside them stands `Stopped`, which is no error: a signal asked the command to p
 
 
 class VmstateError(Exception):
-    """A reason to end with `status`; `hints` say what to do next, one sentence each."""
+    """A reason to end with `status`; `hints` say what to do next, one sentence each.
+
+    told: the other side of a link has been told, and tells its user.
+    """
 
     status = 1
+    told = False
 
     def __init__(self, message: str, *hints: str) -> None:
         super().__init__(message)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from . import marks
 from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
 from .monitor import PATIENCE, Monitor
 
@@ -19,8 +20,6 @@ T = TypeVar("T")
 NAME = "vmstate"
 # QEMU's own rhythm, in ms
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
-# An object in a QEMU whose guest is moved: once it is 'postmigrate' and 'completed', the guest runs elsewhere.
-MARK = "vmstate-moved"
 ON = ("return-path",)
 LEFT_OVER = ("return-path", "late-block-activate")
 # QEMU's own default, which nobody chose.
@@ -159,20 +158,6 @@ def _set_capabilities(monitor: Monitor, had: list[dict[str, Any]], wanted: list[
             monitor.ask("migrate-set-capabilities", capabilities=change)
 
 
-def marked(monitor: Monitor) -> bool:
-    """Whether the guest was sent to another QEMU, and not into a file."""
-    return any(found["name"] == MARK for found in monitor.ask("qom-list", path="/objects"))
-
-
-def mark(monitor: Monitor) -> None:
-    monitor.ask("object-add", **{"qom-type": "secret", "id": MARK, "data": "moved"})
-
-
-def unmark(monitor: Monitor) -> None:
-    with contextlib.suppress(Refused):
-        monitor.ask("object-del", id=MARK)
-
-
 def ram_blocks(monitor: Monitor) -> dict[str, tuple[int, int]]:
     """Name to used and greatest size, in bytes, of each RAM block of a guest."""
     text = monitor.ask("x-query-ramblock")["human-readable-text"]
@@ -226,17 +211,16 @@ def cont(path: str, force: bool = False) -> Standing:
             raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
         if standing.moving:
             raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
-        if standing.given_away and marked(monitor) and not force:
-            hint = f"only once it is gone there: vm-cont --force {path}"
-            raise Unsettled(f"the guest at {path} was moved, and is where it was sent to", hint)
+        if not force:
+            marks.refuse(marks.read(monitor), standing.run, standing.given_away, path)
         after = cont_in(monitor)
-        unmark(monitor)
+        marks.stay(monitor)
         return after
 
 
 def cont_in(monitor: Monitor) -> Standing:
     before = look(monitor)
-    after = _cont(monitor)
+    after = run_on(monitor)
     # It was loaded and held, or comes back: the network may know it elsewhere.
     if before.migration == "completed" and before.run in ("paused", "postmigrate"):
         announce(monitor)
@@ -251,7 +235,7 @@ def announce(monitor: Monitor) -> None:
     monitor.ask("announce-self", **{**values, "rounds": values["rounds"] or ANNOUNCE["rounds"]})
 
 
-def _cont(monitor: Monitor) -> Standing:
+def run_on(monitor: Monitor) -> Standing:
     monitor.ask("cont")
     standing = look(monitor)
     # Where an image cannot be taken, some versions answer well and stay paused.
@@ -305,9 +289,17 @@ class Sending:
     """
 
     def __init__(
-        self, path: str, *, rate: int | None = None, downtime: int | None = None, on: tuple[str, ...] = ON
+        self,
+        path: str,
+        *,
+        rate: int | None = None,
+        downtime: int | None = None,
+        on: tuple[str, ...] = ON,
+        mark: dict[str, Any] | None = None,
     ) -> None:
+        """mark: facts about the move, to be left in the guest; None where its state goes into a file."""
         self.path = path
+        self._mark = mark
         self._rate = rate
         self._downtime = downtime
         self._on = on
@@ -332,10 +324,9 @@ class Sending:
         self._begin(send)
 
     def move(self, uri: str, fd: int | None = None) -> None:
-        """Send to another QEMU: at `uri`, or behind the descriptor `fd`.  The guest is marked as one that is moved."""
+        """Send to another QEMU: at `uri`, or behind the descriptor `fd`."""
 
         def send(monitor: Monitor) -> None:
-            mark(monitor)
             if fd is not None:
                 monitor.give(NAME, fd)
             monitor.ask("migrate", uri=uri if fd is None else f"fd:{NAME}")
@@ -345,10 +336,13 @@ class Sending:
     def _begin(self, send: Callable[[Monitor], None]) -> None:
         with Monitor(self.path) as monitor:
             standing = require_sendable(monitor, self.path)
+            marks.refuse(marks.read(monitor), standing.run, standing.given_away, self.path)
             self.found.ran = standing.run in ("running", "suspended")
             self.begun = True
             try:
-                unmark(monitor)
+                marks.clear(monitor)
+                if self._mark is not None:
+                    marks.put(monitor, marks.MOVED, ran=self.found.ran, **self._mark)
                 prepare(monitor, self._on, self._parameters(monitor), self.found)
                 send(monitor)
             except Refused as error:
@@ -385,14 +379,14 @@ class Sending:
         if standing.moving or standing.given_away:
             words = f"another migration of the guest at {self.path} has begun meanwhile ({standing.migration})"
             raise Unsettled(words, f"vm-status {self.path}")
-        unmark(monitor)
+        marks.keep(monitor, (self._mark or {}).get("move"))
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)
         with contextlib.suppress(Refused):
             self.found.put_back(monitor)
         ours = standing.run == "postmigrate" or (standing.run == "paused" and self._stopped)
-        return _cont(monitor) if self.found.ran and ours else look(monitor)
+        return run_on(monitor) if self.found.ran and ours else look(monitor)
 
 
 def _explained(error: Refused, path: str) -> CannotDo:

@@ -15,22 +15,24 @@ from .dump import Dump, sample_of, words_of
 from .dump import Plan as DumpPlan
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
 from .guest import Standing
+from .link import Way, way_of
 from .octets import kind
 from .progress import Progress, Sample
 from .report import Report
 
 LOOK = 0.05
-KINDS = "tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND"
+KINDS = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, link:COMMAND or ssh://[USER@]HOST/GUEST"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to: `uri` as QEMU knows it, `fd` to be handed to it, or `command` for the shell."""
+    """Where to: `uri` as QEMU knows it, `fd` to be handed to it, `command` for the shell, or `way` to a receiver."""
 
     uri: str
     fd: int | None = None
     command: str | None = None
     answers: bool = True
+    way: Way | None = None
 
 
 def target_of(uri: str) -> Target:
@@ -45,6 +47,8 @@ def target_of(uri: str) -> Target:
         return Target(uri, command=rest)
     if name == "fd" and rest.isascii() and rest.isdecimal():
         return _descriptor(uri, int(rest))
+    if way := way_of(uri):
+        return Target(uri, way=way)
     raise WrongUsage(f"'{uri}' is no place to move a guest to", f"expected {KINDS}")
 
 
@@ -61,6 +65,9 @@ class Plan:
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `after` 'paused' or 'quit'.
 
     on: further capabilities of QEMU.  timeout: in seconds, rounds: how often RAM is gone through; then it is cancelled.
+    Over a link: `commit` seconds for the other side's word, a pipeline `through` which the data go, whether the other
+    side is to `announce` the guest and set its `clock`; `log` is where the words of a detached move go.
+    postcopy: when the limits are passed, let it cross over and fetch the rest of its pages then.
     """
 
     path: str
@@ -71,6 +78,12 @@ class Plan:
     on: tuple[str, ...] = field(default=())
     timeout: float | None = None
     rounds: int | None = None
+    commit: float = 30.0
+    through: str | None = None
+    announce: bool = True
+    log: str | None = None
+    clock: bool = False
+    postcopy: bool = False
 
 
 class Move:
@@ -83,7 +96,8 @@ class Move:
         self._started = time.monotonic()
         self._standing: Standing | None = None
         on = (("return-path",) if plan.target.answers else ()) + plan.on
-        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on)
+        mark = {"uri": plan.target.uri}
+        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
 
     def begin(self) -> None:
         """QEMU sends, and goes on by itself."""
@@ -125,19 +139,9 @@ class Move:
                 continue
             if not standing.moving and standing.run != "finish-migrate":
                 return
-            if reason := self._too_long(standing):
+            if reason := too_long(self._plan, standing, self._started):
                 raise CannotDo(reason, "a higher --downtime, --auto-converge or vm-speed may help")
             time.sleep(LOOK)
-
-    def _too_long(self, standing: Standing) -> str | None:
-        if standing.run == "finish-migrate":
-            return None
-        plan, now = self._plan, standing.info.get("ram", {}).get("dirty-sync-count", 0)
-        if plan.timeout is not None and time.monotonic() - self._started > plan.timeout:
-            return f"the move was not over in {plan.timeout:g} s, in round {now}"
-        if plan.rounds is not None and now > plan.rounds:
-            return f"the move does not come to an end: {plan.rounds} rounds are over, and pages are left"
-        return None
 
     def _arrived(self) -> None:
         standing = self._standing
@@ -189,6 +193,18 @@ class Move:
             "seconds": round(time.monotonic() - self._started, 3),
             "downtime_ms": info.get("downtime"),
         }
+
+
+def too_long(plan: Plan, standing: Standing, started: float) -> str | None:
+    """Which limit of the plan a move has passed that began at `started`; none in its last step."""
+    if standing.run == "finish-migrate" or not standing.moving:
+        return None
+    now = standing.info.get("ram", {}).get("dirty-sync-count", 0)
+    if plan.timeout is not None and time.monotonic() - started > plan.timeout:
+        return f"the move was not over in {plan.timeout:g} s, in round {now}"
+    if plan.rounds is not None and now > plan.rounds:
+        return f"the move does not come to an end: {plan.rounds} rounds are over, and pages are left"
+    return None
 
 
 def _is_moved(path: str) -> bool:

@@ -135,11 +135,27 @@ class Peeked:
             count -= len(self._qemu.recv(count))
 
 
-class Outgoing:
-    """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left."""
+def _alone(_view: memoryview) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
-    def __init__(self, qemu: socket.socket, sink: int) -> None:
+
+class Outgoing:
+    """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
+
+    framing: a context around each piece on its way to the sink.  whole: the commands that ask for a return path stay.
+    """
+
+    def __init__(
+        self,
+        qemu: socket.socket,
+        sink: int,
+        framing: Callable[[memoryview], contextlib.AbstractContextManager[None]] = _alone,
+        *,
+        whole: bool = False,
+    ) -> None:
         self._qemu = qemu
+        self._framing = framing
+        self._whole = whole
         self._peeked = Peeked(qemu, sink)
         self._reader = StateReader(self, self._pass)
         self._came = 0
@@ -157,7 +173,7 @@ class Outgoing:
         try:
             for record in reader:
                 court.see(record)
-                if isinstance(record, Command):
+                if isinstance(record, Command) and not self._whole:
                     self._see_command(record)
                 self.machine = court.state.machine
         except Damaged as error:
@@ -193,7 +209,9 @@ class Outgoing:
         begin, end = self._passed, self._passed + len(view)
         at = begin
         for first, behind in [cut for cut in self._cuts if begin <= cut[0] < end] + [(end, end)]:
-            self._peeked.send(view[at - begin : first - begin])
+            if piece := view[at - begin : first - begin]:
+                with self._framing(piece):
+                    self._peeked.send(piece)
             self._peeked.drop(view[first - begin : behind - begin])
             self.sent += first - at
             at = behind

@@ -136,30 +136,13 @@ class Restore:
         except (QemuStopped, Refused, GuestGone) as error:
             if not waiting.begun:
                 raise
-            raise self._refusal(error, self._whole) from error
+            raise refusal_of(waiting, self._process, error, self._whole) from error
 
     def _proven(self, _state: State) -> None:
         """The input ends as a whole state does; so must all stages before it, each with 0."""
         if self._stage and not self._whole:
             self._stage.finish()
         self._whole = True
-
-    def _refusal(self, error: Exception, whole: bool) -> VmstateError:
-        """Why QEMU did not take the state, in its own words where they can be had."""
-        if self._process and not self._process.alive():
-            return refusal(self._process.words(), whole)
-        try:
-            if isinstance(error, Refused):
-                raise error
-            assert self._waiting
-            self._waiting.loaded()
-        except Refused as reason:
-            # From 9.1 on QEMU lives on; the details are on its stderr nevertheless.
-            details = self._process.words() if self._process else ""
-            return refusal(f"{details}; {reason.text}" if details else reason.text, whole)
-        except VmstateError:
-            pass
-        return refusal("", whole)
 
     def _sampler(self) -> Callable[[], Sample | None]:
         return lambda: Sample(self._incoming.came, self._size) if self._incoming else None
@@ -180,18 +163,36 @@ class Restore:
             error.hints = (*error.hints, self._waiting.fate())
         return error
 
-    def _nics(self, waiting: Waiting) -> list[Nic]:
-        """The cards; the guest runs already, and what cannot be learnt now does not change that."""
-        try:
-            return from_info_network(*waiting.nic_facts())
-        except (VmstateError, OSError) as error:
-            self._report.warning(f"the guest runs, but its network cards are not known: {error}")
-            return []
-
     def _settle(self, waiting: Waiting, saved: State) -> Outcome:
         run = saved.runstate in ("running", "suspended") if self._plan.run is None else self._plan.run
         state = waiting.settle(run)
-        nics = self._nics(waiting) if run else []
+        nics = nics_of(waiting, self._report) if run else []
         if self._process and self._process.added:
             self._report.hint(f"the guest's monitor is {waiting.path}")
         return Outcome(waiting.path, state, saved.runstate, saved.machine, saved.size, nics)
+
+
+def refusal_of(waiting: Waiting, process: Process | None, error: Exception, whole: bool) -> VmstateError:
+    """Why QEMU did not take a state, in its own words where they can be had; `whole`: the state had proven its end."""
+    if process and not process.alive():
+        return refusal(process.words(), whole)
+    try:
+        if isinstance(error, Refused):
+            raise error
+        waiting.loaded()
+    except Refused as reason:
+        # From 9.1 on QEMU lives on; the details are on its stderr nevertheless.
+        details = process.words() if process else ""
+        return refusal(f"{details}; {reason.text}" if details else reason.text, whole)
+    except VmstateError:
+        pass
+    return refusal("", whole)
+
+
+def nics_of(waiting: Waiting, report: Report) -> list[Nic]:
+    """The cards; the guest runs already, and what cannot be learnt now does not change that."""
+    try:
+        return from_info_network(*waiting.nic_facts())
+    except (VmstateError, OSError) as error:
+        report.warning(f"the guest runs, but its network cards are not known: {error}")
+        return []

@@ -12,15 +12,15 @@ from .octets import enlarge
 class Stage:
     """A shell pipeline as the far end of a pipe: `side` 'sink' takes our bytes, 'source' gives them.
 
-    It runs with `pipefail` in a process group of its own.
+    It runs with `pipefail` in a process group of its own.  output: where a sink writes; None: where we do.
     """
 
-    def __init__(self, command: str, side: str) -> None:
+    def __init__(self, command: str, side: str, output: int | None = None) -> None:
         self.command = command
         self.side = side
         ours, theirs = os.pipe()[:: -1 if side == "sink" else 1]
         enlarge(ours)
-        stdin, stdout = (theirs, None) if side == "sink" else (subprocess.DEVNULL, theirs)
+        stdin, stdout = (theirs, output) if side == "sink" else (subprocess.DEVNULL, theirs)
         self.process = subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", command], stdin=stdin, stdout=stdout, start_new_session=True
         )
@@ -42,6 +42,10 @@ class Stage:
         """End the whole group, and only then close our end: no stage may take the cut for a regular end."""
         end_group(self.group, self.process)
         self._close()
+
+    def kill(self) -> None:
+        """From another thread: its end is then found by `finish`."""
+        end_group(self.group)
 
     def _close(self) -> None:
         if self.fd >= 0:

@@ -1,13 +1,15 @@
 """Where a guest stands, in words, and what to do next."""
 
+import contextlib
 import shlex
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from . import marks
 from .command import signals_wait
 from .dump import sample_of
-from .guest import Standing, glance, look, marked
+from .guest import Standing, glance, look
 from .monitor import Monitor
 from .progress import Sample
 from .report import time_words
@@ -67,12 +69,39 @@ def of(path: str) -> Status:
     with Monitor(path) as monitor:
         standing = look(monitor)
         capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
-        moved = standing.given_away and marked(monitor)
+        found = marks.read(monitor)
     leftovers = () if standing.moving else tuple(sorted(capabilities & {"return-path", "late-block-activate"}))
-    if moved:
-        force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
-        return Status(path, standing, leftovers, "was moved and stands paused here", (force,))
+    if moved := _of_move(path, standing, found):
+        return Status(path, standing, leftovers, *moved)
     return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
+
+
+def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tuple[str, ...]] | None:
+    """Words and commands for a guest that a move has left at both ends; None for any other."""
+    force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
+    settle = marks.settle_command(path, found)
+    log = _last_words(found.get(marks.MOVED, {}).get("log"))
+    if standing.given_away and marks.MOVED in found:
+        if "move" not in found[marks.MOVED]:
+            return "was moved and stands paused here", (force,)
+        if marks.GRANTED in found:
+            return f"was moved and stands paused here{log}", (settle, force)
+        return f"was given away, but has not been let run where it was sent to{log}", (settle,)
+    if standing.run == "paused" and marks.TAKEN in found:
+        source = found[marks.TAKEN]
+        where = f"{source.get('path')} on {source.get('host')}"
+        return f"has loaded the guest of {where} and is held until that has let it go", (settle,)
+    return None
+
+
+def _last_words(log: str | None) -> str:
+    """What a detached move has said last."""
+    with contextlib.suppress(OSError):
+        if log:
+            with open(log, encoding="utf-8", errors="replace") as file:
+                lines = [line.strip() for line in file if line.strip()]
+            return f"; {log} ends with: {lines[-1]}" if lines else ""
+    return ""
 
 
 def wait_until_it_stands(path: str) -> None:

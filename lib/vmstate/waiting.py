@@ -2,12 +2,16 @@
 
 import contextlib
 import socket
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from . import marks
 from .errors import CannotDo, Damaged, Misfit, Refused, Unsettled, VmstateError
 from .guest import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, wait_for
 from .monitor import Monitor
 
+# How long a QEMU may take to see that its channel has ended, in seconds.
+FALLS = 10.0
 # QEMU's words for a state that does not fit the guest, and what to do about it.
 MISFITS = {
     "Machine type received": "start the guest with the -machine type of the state",
@@ -42,21 +46,28 @@ DEVICES = "start the guest with the same devices, at the same addresses, as its 
 
 def misfits(monitor: Monitor, path: str, machine: str, blocks: tuple[tuple[str, int], ...]) -> list[tuple[str, str]]:
     """What keeps the guest from taking a state of this machine type and these RAM blocks, each with a hint."""
-    found = []
     own = monitor.ask("qom-get", path="/machine", property="type").removesuffix("-machine")
+    return differences(("the state", machine, blocks), (f"the guest at {path}", own, ram_blocks(monitor)))
+
+
+def differences(
+    what: tuple[str, str, Iterable[tuple[str, int]]], where: tuple[str, str, Mapping[str, tuple[int, int]]]
+) -> list[tuple[str, str]]:
+    """The same of two that are known: their words, machine types and RAM blocks."""
+    (it, machine, blocks), (there, own, have) = what, where
+    found = []
     if own != machine:
-        text = f"the state is of machine type '{machine}', the guest at {path} is a '{own}'"
+        text = f"{it} is of machine type '{machine}', {there} is a '{own}'"
         found.append((text, f"start the guest with -machine {machine}"))
-    have = ram_blocks(monitor)
     for name, size in blocks:
         if name not in have:
-            found.append((f"the state has a RAM block '{name}' that the guest at {path} has not", DEVICES))
+            found.append((f"{it} has a RAM block '{name}' that {there} has not", DEVICES))
             continue
         used, most = have[name]
         # Blocks such as the ACPI tables can grow to the size in the state; RAM cannot.
         if size != used and (used == most or size > most):
             hint = f"start the guest with -m {size >> 20}" if name in ("pc.ram", "mem0", "ram") else "use the same ROMs"
-            found.append((f"RAM block '{name}' has {size} bytes in the state and {used} in the guest at {path}", hint))
+            found.append((f"RAM block '{name}' has {size} bytes in {it} and {used} in {there}", hint))
     return found
 
 
@@ -75,13 +86,21 @@ class Waiting:
         self.found = Found()
         self.begun = False
 
-    def hold_and_load(self, theirs: socket.socket) -> None:
-        """From now on QEMU loads from `theirs`, and does not run, take its images or announce itself by itself."""
+    def hold_and_load(
+        self, theirs: socket.socket, on: tuple[str, ...] = (), mark: dict[str, Any] | None = None
+    ) -> None:
+        """From now on QEMU loads from `theirs`, and does not run, take its images or announce itself by itself.
+
+        on: further capabilities.  mark: facts about the move by which it comes; marked before there is anything loaded.
+        """
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
+            marks.clear(monitor)
+            if mark is not None:
+                marks.put(monitor, marks.TAKEN, **mark)
             monitor.ask("stop")
             try:
-                prepare(monitor, ("late-block-activate",), {"announce-rounds": 0}, self.found)
+                prepare(monitor, ("late-block-activate", *on), {"announce-rounds": 0}, self.found)
                 monitor.give(NAME, theirs.fileno())
                 self._incoming(monitor)
             except Refused:
@@ -146,6 +165,13 @@ class Waiting:
                 "a disk image can be locked by the source: once that has ended, " + f"vm-cont {self.path}",
             ) from error
 
+    def afterwards(self, monitor: Monitor, run: bool) -> None:
+        """What has time once the guest runs: put back what was found, and have its cards speak up."""
+        with contextlib.suppress(Refused):
+            self.found.put_back(monitor)
+        if run:
+            announce(monitor)
+
     def nic_facts(self) -> tuple[str, int, list[dict[str, Any]]]:
         """`info network`, the process id of QEMU, and `query-rx-filter` of a guest."""
         with Monitor(self.path) as monitor:
@@ -161,6 +187,15 @@ class Waiting:
         with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
             if look(monitor).run != "inmigrate":
                 monitor.ask("quit")
+
+    def let_fall(self) -> bool:
+        """Our end is closed: have a guest end that has not loaded everything; False where it has, and is held."""
+        with contextlib.suppress(VmstateError):
+            standing = wait_for(self.path, lambda s: s.migration in ("completed", "failed"), FALLS, "to give up")
+            if standing.migration == "completed":
+                return False
+            patiently(self.path, lambda monitor: monitor.ask("quit"))
+        return True
 
     def fate(self) -> str:
         """What has become of a guest into which nothing was loaded, in words."""

@@ -1,0 +1,436 @@
+"""A guest to another QEMU over a link, in two phases: no crash of any process loses it or has it run twice.
+
+Source: docs/link.md, which has the conversation and what each side does when it breaks off.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+from typing import Any
+
+from . import decision, guest, link, marks, preflight, settle, through
+from .command import hold_signals, no_more_signals, release_signals, signals_wait
+from .crossing import Crossing
+from .dump import sample, words_of
+from .errors import CannotDo, GuestGone, Misfit, Stopped, Unsettled, VmstateError
+from .link import Far, Frame, Way
+from .monitor import Monitor
+from .move import Plan, too_long
+from .octets import BLOCK, channel, memory
+from .preflight import Finding
+from .progress import Progress
+from .relay import Outgoing
+from .report import Report
+from .stage import Stage
+
+# How often a stalled or endless move is looked at, in seconds.
+LOOK = 0.25
+# A receiver that has heard 'go' needs no more than this, if it is there at all.
+RUNS = 10.0
+
+
+class Commit:
+    """One move, from its plan to its outcome."""
+
+    def __init__(self, plan: Plan, way: Way, report: Report, mode: str) -> None:
+        self._plan = plan
+        self._way = way
+        self._report = report
+        self._mode = mode
+        self._started = time.monotonic()
+        self._move = secrets.token_hex(8)
+        self._ours, self._theirs = channel()
+        self._filter: Filter | None = None
+        self._outgoing: Outgoing | Crossing | None = None
+        self._crossing: Crossing | None = None
+        self._sent = False
+        self._given = False
+        self._far: Far | None = None
+        self._reason: VmstateError | None = None
+        mark = {"uri": plan.target.uri, "move": self._move, **({"log": plan.log} if plan.log else {})}
+        on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
+        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
+
+    def check(self) -> dict[str, Any]:
+        """Ask both sides, and send nothing."""
+        facts = self._facts()
+        far = self._open()
+        try:
+            findings = self._findings(far.ask("check", **self._hello(facts)))
+        finally:
+            far.leave()
+        return {"guest": self._plan.path, "uri": self._plan.target.uri, "findings": findings, "ram": facts.get("ram")}
+
+    def begin(self) -> None:
+        """Both sides agree, and QEMU sends; whatever goes wrong, the guest is put back first."""
+        try:
+            self._agree()
+            self._start()
+        except BaseException as error:
+            raise self._put_back(error) from error
+
+    def run(self) -> dict[str, Any]:
+        """Until the guest runs there; whatever goes wrong before it is granted, it runs on here."""
+        try:
+            if self._send() == "over":
+                return self._outcome(self._after_postcopy())
+            assert self._far
+            self._far.expect(link.LOADED, self._plan.commit)
+            # The point of no return is near, and a signal would be neither here nor there.
+            no_more_signals()
+            assert self._outgoing
+            self._outgoing.answer(0)
+        except BaseException as error:
+            raise self._put_back(error) from error
+        state = self._decide()
+        return self._outcome(state)
+
+    # before
+
+    def _facts(self) -> dict[str, Any]:
+        with signals_wait(), Monitor(self._plan.path) as monitor:
+            standing = guest.require_sendable(monitor, self._plan.path)
+            return {**preflight.facts(monitor), "run": standing.run in ("running", "suspended")}
+
+    def _open(self) -> Far:
+        hold_signals()
+        self._far = Far(self._way)
+        release_signals()
+        return self._far
+
+    def _hello(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "move": self._move,
+            "facts": facts,
+            "run": facts["run"],
+            "through": through.names(self._plan.through),
+            "announce": self._plan.announce,
+            "clock": self._plan.clock,
+            "postcopy": self._plan.postcopy,
+            "from": {"host": socket.gethostname(), "path": os.path.realpath(self._plan.path)},
+        }
+
+    def _agree(self) -> None:
+        facts = self._facts()
+        answer = self._open().ask("move", **self._hello(facts))
+        findings = self._findings(answer)
+        for finding in findings:
+            if finding.level == "error":
+                raise Misfit(finding.text, finding.hint)
+            self._report.warning(finding.text)
+
+    @staticmethod
+    def _findings(answer: dict[str, Any]) -> list[Finding]:
+        return [Finding.from_dict(values) for values in answer.get("findings", [])]
+
+    # sending
+
+    def _start(self) -> None:
+        far = self._far
+        assert far
+        self._far_hears(far)
+        if self._plan.postcopy:
+            self._outgoing = self._crossing = Crossing(self._ours, far)
+        elif self._plan.through:
+            hold_signals()
+            self._filter = Filter(self._plan.through, far)
+            release_signals()
+            self._outgoing = Outgoing(self._ours, self._filter.fd, whole=True)
+        else:
+            self._outgoing = Outgoing(self._ours, far.link.writing, far.link.framing, whole=True)
+        hold_signals()
+        self._sending.start(self._theirs.fileno(), stopped=False, watch=lambda: None)
+        release_signals()
+        self._theirs.close()
+
+    def _far_hears(self, far: Far) -> None:
+        """A refusal in the midst of the data ends the sending."""
+
+        def hear(frame: Frame | None) -> bool:
+            if frame is None or frame.kind == link.REFUSE:
+                self._interrupt(None)
+            return False
+
+        far.heard = hear
+
+    def _interrupt(self, reason: VmstateError | None) -> None:
+        """From another thread: `_send` ends over it, in the midst of a read of QEMU's bytes."""
+        self._reason = self._reason or reason
+        if not self._sent:
+            with contextlib.suppress(OSError):
+                self._ours.shutdown(socket.SHUT_RDWR)
+
+    def _send(self) -> str:
+        """Until everything is sent; 'over' where it is there as well, the guest having crossed over in postcopy."""
+        assert self._outgoing and self._far
+        watch = Watch(self._plan, self._outgoing, self._interrupt, self._switch if self._plan.postcopy else None)
+        with Progress(self._report, self._mode, lambda: sample(self._plan.path)), watch:
+            if self._crossing:
+                came = self._crossing.run()
+                self._sent = True
+                return came
+            self._outgoing.run()
+            if self._filter:
+                self._filter.finish()
+        self._sent = True
+        self._far.tell(link.END, bytes=self._outgoing.sent)
+        return "sent"
+
+    def _switch(self) -> None:
+        """In another thread: have QEMU go over to postcopy, which it does unless it is done before."""
+        assert self._far and self._crossing
+        self._far.tell(link.SWITCH)
+        with Monitor(self._plan.path) as monitor:
+            monitor.ask("migrate-start-postcopy")
+
+    def _after_postcopy(self) -> str:
+        assert self._far
+        no_more_signals()
+        standing = guest.wait_for(self._plan.path, lambda s: not s.moving, 60, "to complete")
+        if not standing.given_away:
+            raise CannotDo(f"QEMU ended the move as '{standing.migration}': {standing.reason}")
+        return str(self._far.expect(link.RUNNING, RUNS).values.get("state"))
+
+    # the decision
+
+    def _decide(self) -> str:
+        """The state is loaded there and given away here: grant it, or take it back; where it runs then."""
+        path, far = self._plan.path, self._far
+        assert far
+        try:
+            granted = guest.patiently(path, self._grant)
+        except VmstateError as error:
+            if not (isinstance(error, GuestGone) and self._given):
+                text = f"the guest is loaded there, and has not been let go here: {error}"
+                raise Unsettled(text, self._settle_words(), self._there_words()) from error
+            # Its QEMU died when it had been seen to have given it away: the other one is the only one.
+            self._report.warning(f"the QEMU of {path} has ended; its guest goes on there")
+            granted = True
+        if not granted:
+            self._leave(back=True)
+            raise CannotDo(f"the link was lost before the guest was let go; it {words_of(guest.glance(path).run)}")
+        try:
+            far.tell(link.GO, move=self._move)
+            state = str(far.expect(link.RUNNING, RUNS).values.get("state"))
+        except VmstateError as error:
+            state = self._settle(error)
+        self._report.note("the other side lets it run")
+        return state
+
+    def _grant(self, monitor: Monitor) -> bool:
+        """In one conversation, so that nobody can take the guest back meanwhile."""
+        assert self._far
+        give_up = time.monotonic() + 60
+        while (standing := guest.look(monitor)).moving or standing.run == "finish-migrate":
+            if time.monotonic() > give_up:
+                raise CannotDo("QEMU does not complete")
+            time.sleep(0.002)
+        if not standing.given_away or self._far.lost:
+            # No word any more to the other side whose guest would then be an old one.
+            decision.take_back_given(monitor)
+            self._sending.found.put_back(monitor)
+            return False
+        self._given = True
+        return decision.grant(monitor, self._move) == "granted"
+
+    def _settle(self, error: VmstateError) -> str:
+        """The link was lost behind the grant: ask anew."""
+        assert self._far
+        self._far.cut()
+        give_up = time.monotonic() + self._plan.commit
+        while True:
+            try:
+                return settle.go(self._way, self._move)
+            except VmstateError as trouble:
+                if time.monotonic() > give_up or isinstance(trouble, Unsettled):
+                    text = f"the guest was given away, and whether it runs there is not known: {error}; {trouble}"
+                    raise Unsettled(text, self._settle_words()) from trouble
+            time.sleep(0.5)
+
+    def _there_words(self) -> str:
+        return "where this QEMU is gone, on the other side: vm-status there tells how to let the guest go on"
+
+    def _settle_words(self) -> str:
+        return marks.settle_command(self._plan.path, {marks.MOVED: {"uri": self._plan.target.uri}})
+
+    # after
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        """Undo all; the error to raise, with what has become of the guest."""
+        no_more_signals()
+        if self._crossing and (crossed := self._crossed(error)):
+            return crossed
+        for end in (self._ours, self._theirs):
+            end.close()
+        if self._filter:
+            self._filter.end()
+        standing, trouble = None, None
+        try:
+            standing = self._sending.take_back() if self._sending.begun else None
+        except VmstateError as found:
+            trouble = found
+        error = self._reason_for(error)
+        self._leave(back=not trouble)
+        if trouble:
+            gone = isinstance(trouble, GuestGone)
+            words = str(trouble) if gone else f"the guest could not be put back: {trouble}"
+            return Unsettled(f"{error}; and {words}", self._there_words() if gone else f"vm-status {self._plan.path}")
+        if isinstance(error, Stopped) or not isinstance(error, Exception):
+            return error
+        if not isinstance(error, VmstateError):
+            return error
+        if standing:
+            error.args = (f"{error}; the guest {words_of(standing.run)}",)
+        return error
+
+    def _crossed(self, error: BaseException) -> VmstateError | None:
+        """From the switchover on the guest is there, and its pages here: nothing can be undone."""
+        path = self._plan.path
+        try:
+            standing = guest.glance(path)
+        except GuestGone as gone:
+            return Unsettled(
+                f"{gone}, when its guest may have crossed over", "without it the guest is lost: restore it"
+            )
+        except VmstateError:
+            return None
+        if not standing.migration.startswith("postcopy"):
+            return None
+        self._ours.close()
+        assert self._far
+        self._far.cut()
+        why = self._reason_for(error) if isinstance(error, VmstateError) else "a signal came"
+        text = f"the guest runs on the other side, and the link to its pages is lost: {why}"
+        return Unsettled(text, self._settle_words())
+
+    def _reason_for(self, error: BaseException) -> BaseException:
+        """What came first: a limit of ours, the other side's refusal, the end of the link."""
+        if isinstance(error, OSError):
+            assert self._far
+            error = self._far.gone()
+        if not isinstance(error, VmstateError) or isinstance(error, Unsettled):
+            return error
+        if self._reason:
+            return self._reason
+        if self._far and (said := self._far.refusal()):
+            return said
+        if self._far and self._far.lost and isinstance(error, CannotDo) and "link" not in str(error):
+            return self._far.gone()
+        return error
+
+    def _leave(self, *, back: bool) -> None:
+        """Say cancel, but only where the guest is known to be back: the other side may have the only whole one."""
+        if not self._far:
+            return
+        if back and (self._sent or not self._sending.begun):
+            with contextlib.suppress(VmstateError):
+                self._far.tell(link.CANCEL)
+            self._far.leave()
+        else:
+            # In the midst of a frame there is nothing to say.
+            self._far.cut()
+
+    def _outcome(self, state: str) -> dict[str, Any]:
+        path, info, here = self._plan.path, {}, "gone"
+        assert self._outgoing and self._far
+        seconds = round(time.monotonic() - self._started, 3)
+        with contextlib.suppress(GuestGone):
+            info = guest.glance(path).info
+            with contextlib.suppress(VmstateError):
+                guest.patiently(path, self._sending.found.put_back)
+            here = guest.finish(path, self._plan.after)
+        self._far.leave()
+        return {
+            "guest": path,
+            "state": here,
+            "there": state,
+            "uri": self._plan.target.uri,
+            "bytes": self._outgoing.sent,
+            "rounds": info.get("ram", {}).get("dirty-sync-count"),
+            "seconds": seconds,
+            "downtime_ms": info.get("downtime"),
+        }
+
+
+class Filter:
+    """A pipeline on the way (`--through`): QEMU's bytes into it, what it makes of them into frames."""
+
+    def __init__(self, command: str, far: Far) -> None:
+        reading, writing = os.pipe()
+        self._stage = Stage(command, "sink", writing)
+        os.close(writing)
+        self._reading = reading
+        self._far = far
+        self._trouble: BaseException | None = None
+        self.fd = self._stage.fd
+        self._thread = threading.Thread(target=self._pump, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Everything is in; CannotDo unless it has all come out, and every filter ended with 0."""
+        self._stage.finish()
+        self._thread.join()
+        if self._trouble:
+            raise self._trouble
+
+    def end(self) -> None:
+        self._stage.end()
+
+    def _pump(self) -> None:
+        buffer = memory(BLOCK)
+        try:
+            while count := os.readv(self._reading, [buffer]):
+                self._far.link.send_bytes(link.DATA, buffer[:count])
+        except OSError as error:
+            self._trouble = error
+            # Nobody reads it any more: it must not wait for ever.
+            self._stage.kill()
+        os.close(self._reading)
+
+
+class Watch:
+    """While this context lasts: a move that takes too long, or a guest that stands still while nothing passes."""
+
+    def __init__(self, plan: Plan, outgoing: "Outgoing | Crossing", interrupt: Any, switch: Any = None) -> None:
+        """`interrupt` is called with an error; `switch`, where there is one, instead at the limits of the plan."""
+        self._plan = plan
+        self._switch = switch
+        self._outgoing = outgoing
+        self._interrupt = interrupt
+        self._started = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        sent, since = -1, time.monotonic()
+        while not self._over.wait(LOOK):
+            now = time.monotonic()
+            if self._outgoing.sent != sent:
+                sent, since = self._outgoing.sent, now
+            stalled = now - since > self._plan.commit
+            if not (stalled or self._switch or self._plan.timeout or self._plan.rounds):
+                continue
+            with contextlib.suppress(VmstateError):
+                self._judge(guest.glance(self._plan.path, 0.5), stalled)
+
+    def _judge(self, standing: guest.Standing, stalled: bool) -> None:
+        reason = too_long(self._plan, standing, self._started)
+        if self._switch:
+            if reason and standing.migration == "active":
+                self._switch()
+        elif reason:
+            self._interrupt(CannotDo(reason, "a higher --downtime, --auto-converge, --postcopy or vm-speed may help"))
+        if stalled and standing.run == "finish-migrate":
+            text = f"nothing has passed over the link for {self._plan.commit:.0f} s, with the guest standing still"
+            self._interrupt(CannotDo(text))

@@ -1,0 +1,88 @@
+"""Where a guest stands in a move over a link, and the one decision there is: to grant it, or to take it back.
+
+Source: docs/link.md, "Who stands where".
+"""
+
+import contextlib
+from typing import Any
+
+from . import marks
+from .errors import GuestGone, Refused
+from .guest import Standing, look, run_on
+from .monitor import Monitor
+
+
+def standing_of(path: str) -> dict[str, Any]:
+    """`state` is a row of docs/link.md, `run` QEMU's run state, `move` the number, `facts` those of the mark."""
+    try:
+        with Monitor(path) as monitor:
+            standing, found = look(monitor), marks.read(monitor)
+    except GuestGone:
+        return {"state": "gone"}
+    return {"state": state_of(standing, found), "run": standing.run, **_facts(found)}
+
+
+def state_of(standing: Standing, found: marks.Marks) -> str:
+    if standing.migration.startswith("postcopy"):
+        return "postcopy"
+    if standing.run == "inmigrate":
+        return "waiting" if standing.migration == "none" else "loading"
+    if marks.ARRIVED in found:
+        return "running"
+    if marks.TAKEN in found:
+        return "loaded"
+    if "move" in found.get(marks.MOVED, {}):
+        if standing.moving or standing.run == "finish-migrate":
+            return "undecided"
+        if standing.given_away:
+            return "granted" if marks.GRANTED in found else "given"
+    return "undecided" if standing.run == "finish-migrate" else "here"
+
+
+def _facts(found: marks.Marks) -> dict[str, Any]:
+    for name in (marks.ARRIVED, marks.TAKEN, marks.MOVED, marks.KEPT):
+        if name in found:
+            return {"move": found[name].get("move"), "facts": found[name]}
+    return {"move": None, "facts": {}}
+
+
+def grant(monitor: Monitor, move: str) -> str:
+    """Where the guest of this move is: 'granted' (now, if it was given away), 'undecided', 'here', or 'unknown'.
+
+    Looking and granting are one conversation, as in `take_back_given`: only one of them can happen.
+    """
+    standing, found = look(monitor), marks.read(monitor)
+    if _facts(found)["move"] != move:
+        # Another QEMU may have come to the same path.
+        return "unknown"
+    state = state_of(standing, found)
+    if state == "given":
+        marks.put(monitor, marks.GRANTED, move=move)
+        return "granted"
+    return state
+
+
+def take_back_given(monitor: Monitor) -> bool:
+    """Let a guest run on that was given away; False where it has been granted, or where nothing is decided yet."""
+    standing, found = look(monitor), marks.read(monitor)
+    state = state_of(standing, found)
+    if state in ("granted", "undecided", "postcopy"):
+        return False
+    mark = found.get(marks.MOVED, {})
+    if state == "given" and mark.get("ran", True):
+        run_on(monitor)
+    if mark:
+        marks.keep(monitor, mark.get("move"))
+    return True
+
+
+def arrive(monitor: Monitor, facts: dict[str, Any]) -> str:
+    """Let a guest run that was taken and is now granted, or leave it paused as it was at its source; its run state.
+
+    facts: those of its mark.  Raises Refused where it does not run, for example over the lock of a disk image.
+    """
+    state = run_on(monitor).run if facts.get("run", True) else "paused"
+    marks.put(monitor, marks.ARRIVED, **facts)
+    with contextlib.suppress(Refused):
+        monitor.ask("object-del", id=marks.TAKEN)
+    return state

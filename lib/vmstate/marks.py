@@ -1,0 +1,91 @@
+"""What a move leaves in a QEMU for whoever comes later: objects with a few facts, which live as long as the process.
+
+Source: docs/link.md, "Who stands where".
+"""
+
+import contextlib
+import json
+import shlex
+from typing import Any
+
+from .errors import Refused, Unsettled
+from .monitor import Monitor
+
+# The guest was sent to another QEMU; once it is 'postmigrate' and 'completed', it is there.
+MOVED = "vmstate-moved"
+# It may run there, and never again here.
+GRANTED = "vmstate-granted"
+# It is loaded, or has been, and is held until the grant of its source has come.
+TAKEN = "vmstate-taken"
+# It came here, and was let run.
+ARRIVED = "vmstate-arrived"
+# It was to be moved, and has been kept here.
+KEPT = "vmstate-kept"
+# In a hint, what only the reader knows: the way to the other side.
+URI = "URI-OF-THE-SOURCE"
+ALL = (MOVED, GRANTED, TAKEN, ARRIVED, KEPT)
+
+Marks = dict[str, dict[str, Any]]
+
+
+def read(monitor: Monitor) -> Marks:
+    """The marks of a guest, each with its facts (none where another hand has set it)."""
+    return {name: _facts(monitor, name) for name in names(monitor)}
+
+
+def names(monitor: Monitor) -> list[str]:
+    found = {entry["name"] for entry in monitor.ask("qom-list", path="/objects")}
+    return [name for name in ALL if name in found]
+
+
+def _facts(monitor: Monitor, name: str) -> dict[str, Any]:
+    with contextlib.suppress(Refused, ValueError):
+        facts = json.loads(monitor.ask("qom-get", path=f"/objects/{name}", property="data"))
+        if isinstance(facts, dict):
+            return facts
+    return {}
+
+
+def put(monitor: Monitor, name: str, **facts: Any) -> None:
+    monitor.ask("object-add", **{"qom-type": "secret", "id": name, "data": json.dumps(facts)})
+
+
+def clear(monitor: Monitor) -> None:
+    for name in names(monitor):
+        with contextlib.suppress(Refused):
+            monitor.ask("object-del", id=name)
+
+
+def stay(monitor: Monitor) -> None:
+    """The guest runs here now, by somebody's word."""
+    found = read(monitor)
+    if MOVED in found:
+        keep(monitor, found[MOVED].get("move"))
+    elif TAKEN in found:
+        clear(monitor)
+        put(monitor, ARRIVED, **found[TAKEN])
+
+
+def keep(monitor: Monitor, move: str | None) -> None:
+    """The guest of this move stays where it is; whoever asks later is to know that it is the same one."""
+    clear(monitor)
+    if move is not None:
+        put(monitor, KEPT, move=move)
+
+
+def refuse(found: Marks, run: str, given_away: bool, path: str) -> None:
+    """Unsettled where a guest is at both ends of a move; who lets it run here must know that it does not there."""
+    settle = f"to see to that: {settle_command(path, found)}"
+    if given_away and MOVED in found:
+        if "move" in found[MOVED] and GRANTED not in found:
+            raise Unsettled(f"the guest at {path} is being moved, and has not arrived", settle)
+        hint = f"only once it is gone there: vm-cont --force {path}"
+        raise Unsettled(f"the guest at {path} was moved, and is where it was sent to", hint)
+    if run == "paused" and TAKEN in found:
+        raise Unsettled(f"the guest at {path} came by a move, and its source has not let it go", settle)
+
+
+def settle_command(path: str, found: Marks) -> str:
+    """What brings a move to its end whose commands have died."""
+    uri = URI if TAKEN in found else found.get(MOVED, {}).get("uri")
+    return shlex.join(["vm-migrate", "--settle", path, *([uri] if uri else [])])

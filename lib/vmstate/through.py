@@ -1,0 +1,55 @@
+"""Filters on the way of a move (`--through`), and what undoes them on the other side.
+
+The source names the filters; the receiver runs none but those of its own table, or what its own command line says.
+"""
+
+import shlex
+
+from .errors import CannotDo, WrongUsage
+
+INVERSES = {
+    "vm-compress": "vm-compress -d",
+    "vm-encrypt": "vm-encrypt -d",
+    "gzip": "gzip -dc",
+    "bzip2": "bzip2 -dc",
+    "xz": "xz -dc",
+    "lz4": "lz4 -dc",
+    "zstd": "zstd -dc",
+    "gpg": "gpg -q -d",
+}
+
+
+def names(command: str | None) -> list[str]:
+    """The commands of a pipeline, in their order; WrongUsage where that cannot be told."""
+    if command is None:
+        return []
+    try:
+        lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;<>()")
+        lexer.whitespace_split = True
+        words = list(lexer)
+    except ValueError as error:
+        raise WrongUsage(f"--through: {error}") from error
+    if any(word[0] in "&;<>()" or word == "||" for word in words):
+        raise WrongUsage("--through: expected a pipeline of filters, as in 'vm-compress | vm-encrypt -r KEY'")
+    stages: list[list[str]] = [[]]
+    for word in words:
+        if word == "|":
+            stages.append([])
+        else:
+            stages[-1].append(word)
+    if not all(stages):
+        raise WrongUsage("--through: a filter is missing in the pipeline")
+    return [stage[0].rpartition("/")[2] for stage in stages]
+
+
+def inverse(filters: list[str], given: str | None) -> str | None:
+    """The pipeline that undoes these; `given` is what the receiver was told to use.  CannotDo where there is none."""
+    if given is not None:
+        if not filters:
+            raise CannotDo("the receiver expects a filter on the way (--through), and the source has none")
+        return given
+    unknown = [name for name in filters if name not in INVERSES]
+    if unknown:
+        hint = "tell the receiver: vm-restore --commit --through 'COMMAND' GUEST"
+        raise CannotDo(f"what undoes the filter '{unknown[0]}' is not known here", hint)
+    return " | ".join(INVERSES[name] for name in reversed(filters)) or None

@@ -1,0 +1,506 @@
+"""Moves over a link: the guest runs at exactly one side, whatever dies, and at whatever moment (docs/link.md)."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Done, Guests, shell
+from vm import Guest, QmpError, until
+
+from guest.judge import as_it_was, same_memory, went_on
+from guest.test_migrate import migrating
+
+GATE = Path(__file__).with_name("gate.py")
+RECEIVER = "vm-restore --commit b.qmp"
+
+
+def link(command: str = RECEIVER) -> str:
+    return f"link:{command}"
+
+
+def gated(kind: str, when: str, deed: str, whom: str = "-", count: int = 1) -> str:
+    words = (sys.executable, GATE, "once", kind, count, when, deed, whom, "--")
+    return link(" ".join(map(str, words)) + f" {RECEIVER}")
+
+
+def move(work: Path, uri: str, *options: str) -> Done:
+    return shell(shlex.join(["vm-migrate", *options, "a.qmp", uri]), work)
+
+
+def test_a_guest_is_moved(guests: Guests, work: Path) -> None:
+    source, there = guests.running(), guests.waiting()
+    done = move(work, link())
+    assert (done.status, done.out, done.err) == (0, b"", "")
+    assert source.status() == "postmigrate"
+    went_on(source.counts()[-1], there)
+    for guest in (source, there):
+        assert not [c for c in guest.cmd("query-migrate-capabilities") if c["state"]]
+    assert there.cmd("query-migrate-parameters")["announce-rounds"] == 5
+
+    # It runs there, so it must not run here.
+    done = shell("vm-cont a.qmp", work)
+    assert done.status == 5
+    assert "a.qmp was moved, and is where it was sent to" in done.err
+    done = shell("vm-migrate --settle a.qmp 'link:vm-restore --commit b.qmp'", work)
+    assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n")
+    assert (source.status(), there.running()) == ("postmigrate", True)
+    there.end()
+    assert shell("vm-migrate --settle a.qmp 'link:vm-restore --commit b.qmp'", work).status == 5
+    assert shell("vm-cont --force a.qmp", work).status == 0
+    assert source.running()
+
+
+def test_back_and_forth(guests: Guests, work: Path) -> None:
+    """Each time into a new QEMU, started by the receiver."""
+    source = guests.running()
+    for number in range(3):
+        there = guests.waiting(f"b{number}")
+        shell(f"ln -sf b{number}.qmp b.qmp", work)
+        shell(f"ln -sf {source.name}.qmp a.qmp", work) if number else None
+        done = move(work, link(), "--after", "quit")
+        assert done.status == 0, done.err
+        source.wait_gone()
+        assert there.running()
+        source = there
+    went_on(0, source) if source.counts()[0] == 0 else source.wait_sum()
+
+
+def test_a_paused_guest_arrives_paused(guests: Guests, work: Path) -> None:
+    source, there = guests.running(), guests.waiting()
+    source.wait_sum()
+    source.cmd("stop")
+    assert move(work, link()).status == 0
+    assert (source.status(), there.status()) == ("postmigrate", "paused")
+    assert shell("vm-cont b.qmp", work).status == 0
+    same_memory(source, there)
+
+
+def test_the_receiver_starts_the_qemu(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    there = Guest(work, "b")
+    try:
+        done = move(work, link(f"vm-restore --commit -- {shlex.join(there.args)}"), "--json")
+        assert done.status == 0, done.err
+        values = json.loads(done.out)
+        assert (values["there"], values["state"], values["type"]) == ("running", "paused", "result")
+        until(lambda: "count" in (work / "b.serial").read_text(), 20, "it counts there")
+        assert source.status() == "postmigrate"
+    finally:
+        shell("pkill -KILL -f 'name b ' || true", work)
+
+
+@pytest.mark.parametrize("filters", ["vm-compress", "gzip -1", "vm-compress | vm-encrypt -r me@example.org"])
+def test_through_filters(guests: Guests, work: Path, gnupg: Path, filters: str) -> None:
+    source, there = guests.running(), guests.waiting()
+    done = move(work, link(), "--through", filters)
+    assert (done.status, done.err) == (0, "")
+    went_on(source.counts()[-1], there)
+
+
+def test_a_filter_that_the_receiver_was_told_to_undo(guests: Guests, work: Path) -> None:
+    source, there = guests.running(), guests.waiting()
+    done = move(work, link(), "--through", "rev -0")
+    assert done.status == 1
+    assert "what undoes the filter 'rev' is not known here" in done.err
+    assert "vm-restore --commit --through 'COMMAND' GUEST" in done.err
+    as_it_was(source)
+    done = move(
+        work,
+        link("vm-restore --commit --through 'tr A-Za-z N-ZA-Mn-za-m' b.qmp"),
+        "--through",
+        "tr a-zA-Z n-za-mN-ZA-M",
+    )
+    assert done.status == 0, done.err
+    went_on(source.counts()[-1], there)
+
+
+@pytest.mark.parametrize("filters", ["head -c 3000000", "vm-compress | false", "gzip -1 | head -c 3000000"])
+def test_a_filter_fails(guests: Guests, work: Path, filters: str) -> None:
+    source = guests.running()
+    guests.waiting()
+    known = "vm-restore --commit --through cat b.qmp" if "head" in filters.split("|")[0] else RECEIVER
+    known = "vm-restore --commit --through 'gzip -dc' b.qmp" if "|" in filters else known
+    done = move(work, link(known), "--through", filters)
+    assert done.status in (1, 3, 4), done.err
+    assert "the guest runs on" in done.err
+    as_it_was(source)
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("vm-restore --commit no.qmp", 1, "the other side: no guest at no.qmp"),
+        ("vm-restore --commit a.qmp", 1, "does not wait for a state: it is 'running'"),
+        ("exit 3", 1, "the link is lost: its command ended with status 3"),
+        ("no-such-command", 1, "127 is a shell's: vm-restore is not found there"),
+        ("cat", 3, "expected"),
+        ("echo hello there, this is a shell", 3, "the other side does not speak as vmstate does"),
+        ("vm-restore --commit c.qmp", 4, "machine"),
+    ],
+)
+def test_what_is_refused_before_a_byte_is_sent(
+    guests: Guests, work: Path, command: str, status: int, said: str
+) -> None:
+    source = guests.running()
+    if "c.qmp" in command:
+        guests.waiting("c", kind="metal", machine="pc", mem=64)
+    done = move(work, link(command))
+    assert done.status == status, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
+    as_it_was(source)
+
+
+def test_a_dry_run(guests: Guests, work: Path) -> None:
+    source, there = guests.running(), guests.waiting()
+    done = move(work, link(), "--dry-run")
+    assert done.status == 0, done.err
+    assert re.search(r"^25\d\.\d MiB of memory at most, 0 reasons against the move$", done.text, re.M), done.text
+    as_it_was(source)
+    assert there.cmd("query-migrate").get("status", "none") == "none"
+    guests.waiting("c", mem=512)
+    done = move(work, link("vm-restore --commit c.qmp"), "--dry-run")
+    assert done.status == 4, done.text
+    assert "error: RAM block 'pc.ram'" in done.text
+    assert move(work, link()).status == 0
+
+
+# What can happen
+
+
+STEPS = [("A", "before"), ("D", "before"), ("E", "before"), ("E", "after"), ("L", "before"), ("L", "after")]
+STEPS += [("G", "before"), ("G", "after"), ("N", "before")]
+DEEDS = ["source", "receiver", "a", "b", "cut"]
+FAULTS = [(kind, when, deed) for kind, when in STEPS for deed in DEEDS]
+
+
+def runs(guest: Guest) -> bool:
+    try:
+        return guest.alive() and guest.status() == "running"
+    except (OSError, QmpError):
+        return False
+
+
+def settled(work: Path, source: Guest, there: Guest) -> list[str]:
+    """Take the ways out that are printed, until the guest runs somewhere; what was printed."""
+    said = []
+    for guest in (source, there, source):
+        if runs(source) or runs(there):
+            break
+        found = shell(f"vm-status {guest.name}.qmp", work).text
+        said.append(found)
+        for command in re.findall(r"^next: (vm-(?:migrate --settle|cont).*?)(?:    .*)?$", found, re.M):
+            # What only a person knows: that it is gone there, or here.
+            if "--force" in command and there.alive():
+                continue
+            if not source.alive():
+                command = command.replace("URI-OF-THE-SOURCE", "--i-am-sure")
+            command = command.replace("URI-OF-THE-SOURCE", shlex.quote(link("vm-restore --commit a.qmp")))
+            done = shell(command, work)
+            said.append(f"{command}: {done.status} {done.text} {done.err}")
+    return said
+
+
+def outcome_of(work: Path, uri: str, source: Guest, there: Guest, *options: str) -> tuple[int, str, bool]:
+    """Status and words of a move, and whether the two have ever been seen running at once."""
+    words = work / "words"
+    both = False
+    with words.open("w") as file:
+        command = ["vm-migrate", "--timeout-commit", "3", *options, "a.qmp", uri]
+        process = subprocess.Popen(command, cwd=work, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:
+            # The one first that may begin to run: else it could be both one after the other.
+            both = both or (runs(there) and runs(source))
+            time.sleep(0.05)
+        process.kill()
+    time.sleep(0.5)
+    return process.wait(10), words.read_text(), both or (runs(there) and runs(source))
+
+
+def judge_fault(work: Path, uri: str, source: Guest, there: Guest, *options: str) -> None:
+    stood = source.counts()[-1]
+    status, words, both = outcome_of(work, uri, source, there, *options)
+    assert not both, words
+    assert status in (0, 1, 3, 4, 5, -signal.SIGKILL), words
+    # What QEMU does by itself when its socket closes takes a moment.
+    with_patience = time.monotonic() + 3
+    while not (runs(source) or runs(there)) and time.monotonic() < with_patience and status in (1, -signal.SIGKILL):
+        time.sleep(0.05)
+    context = f"status {status}, said {words}"
+    if status == 0:
+        assert runs(there) or not there.alive(), context
+    if status in (1, 3, 4):
+        assert runs(source) or not source.alive(), context
+    said: list[str] = []
+    if not source.alive() and (not there.alive() or there.status() == "inmigrate"):
+        # It has died with its QEMU, before it was anywhere else.
+        return
+    if not runs(source) and not runs(there):
+        assert status in (0, 5, -signal.SIGKILL), context
+        said = settled(work, source, there)
+    context += "\n".join(["", *said])
+    assert runs(source) != runs(there), f"{source.status()} {there.status()} {context}"
+    guest = source if runs(source) else there
+    guest.wait_advance()
+    assert guest.counts()[-1] >= stood, context
+    assert guest.wait_sum() == source.wait_ready(), context
+
+
+def fault_uri(kind: str, when: str, deed: str, source: Guest, there: Guest) -> str:
+    if deed in ("cut", "flip"):
+        return gated(kind, when, deed)
+    return gated(kind, when, "kill", {"a": str(source.pid), "b": str(there.pid)}.get(deed, deed))
+
+
+@pytest.mark.parametrize(("kind", "when", "deed"), FAULTS)
+def test_it_dies(guests: Guests, work: Path, kind: str, when: str, deed: str) -> None:
+    source, there = guests.running(), guests.waiting()
+    judge_fault(work, fault_uri(kind, when, deed, source, there), source, there)
+
+
+@pytest.mark.parametrize("kind", ["D", "E", "L", "G"])
+def test_the_link_stands_still(guests: Guests, work: Path, kind: str) -> None:
+    source, there = guests.running(), guests.waiting()
+    judge_fault(work, gated(kind, "before", "stall"), source, there)
+
+
+@pytest.mark.parametrize("kind", ["D", "E", "L", "N"])
+def test_the_link_pauses(guests: Guests, work: Path, kind: str) -> None:
+    source, there = guests.running(), guests.waiting()
+    done = move(work, gated(kind, "before", "pause", "2"))
+    assert done.status == 0, done.err
+    went_on(source.counts()[-1], there)
+
+
+@pytest.mark.parametrize("kind", ["A", "D", "E", "L", "G"])
+def test_a_bit_is_flipped(guests: Guests, work: Path, kind: str) -> None:
+    source, there = guests.running(), guests.waiting()
+    judge_fault(work, gated(kind, "before", "flip"), source, there)
+
+
+def test_a_flipped_bit_is_named(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    guests.waiting()
+    done = move(work, gated("D", "before", "flip", count=20))
+    assert done.status == 3
+    assert "the other side: the link has changed bytes on their way" in done.err
+    assert "; the guest runs on" in done.err
+    as_it_was(source)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cancels(guests: Guests, work: Path, number: signal.Signals) -> None:
+    source, there = guests.running(), guests.waiting()
+    with migrating(work, source, link(), "--speed", "20m") as moving:
+        moving.send_signal(number)
+        moving.communicate(timeout=30)
+    assert moving.returncode == -number
+    as_it_was(source)
+    until(lambda: not there.alive() or there.cmd("query-migrate")["status"] == "failed", 10, "it is not left loading")
+
+
+def test_vm_cancel_ends_it(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    guests.waiting()
+    with migrating(work, source, link(), "--speed", "20m") as moving:
+        assert shell("vm-cancel a.qmp", work).status == 0
+        _, err = moving.communicate(timeout=30)
+    assert moving.returncode == 1
+    assert b"; the guest runs on" in err
+    as_it_was(source)
+
+
+@pytest.mark.parametrize("option", [("--timeout", "1"), ("--max-rounds", "1")])
+def test_it_takes_too_long(guests: Guests, work: Path, option: tuple[str, str]) -> None:
+    source = guests.running()
+    guests.waiting()
+    done = move(work, link(), "--speed", "10m", "--downtime", "1", *option)
+    assert done.status == 1, done.err
+    assert "the move " in done.err
+    assert "; the guest runs on\n" in done.err
+    as_it_was(source)
+
+
+def test_detached(guests: Guests, work: Path) -> None:
+    source, there = guests.running(), guests.waiting()
+    begun = time.monotonic()
+    done = move(work, link(), "-d", "--speed", "40m", "--log", f"{work}/log")
+    assert (done.status, done.err) == (0, "vm-migrate: hint: to see how far it is: vm-status a.qmp\n")
+    assert source.cmd("query-migrate")["status"] in ("setup", "active")
+    assert time.monotonic() - begun < 20
+    done = shell("vm-status --watch a.qmp", work)
+    assert done.status == 0, done.err
+    there.wait_status("running")
+    until(lambda: "running" in (work / "log").read_text(), 10, "the last words")
+    assert (work / "log").read_text() == "a.qmp: the guest is on the other side, and 'running'\n"
+    assert "ends with: a.qmp: the guest is on the other side" in shell("vm-status a.qmp", work).text
+    went_on(source.counts()[-1], there)
+
+
+def test_detached_and_refused_at_once(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    done = move(work, link("vm-restore --commit no.qmp"), "-d")
+    assert done.status == 1
+    assert "the other side: no guest at no.qmp" in done.err
+    as_it_was(source)
+
+
+def test_detached_and_the_other_side_dies(guests: Guests, work: Path) -> None:
+    source, there = guests.running(), guests.waiting()
+    done = move(work, link(), "-d", "--speed", "20m", "--log", f"{work}/log")
+    assert done.status == 0
+    there.end()
+    until(lambda: "the guest runs on" in (work / "log").read_text(), 20, "the last words")
+    as_it_was(source)
+
+
+# The way out, by hand
+
+
+def given_away(guests: Guests, work: Path) -> tuple[Guest, Guest]:
+    """Granted, and nobody left who could say go."""
+    source, there = guests.running(), guests.waiting()
+    done = outcome_of(work, gated("G", "before", "end", "source"), source, there)
+    assert done[0] == -signal.SIGKILL
+    until(lambda: "is held until" in shell("vm-status b.qmp", work).text, 10, "held")
+    assert (source.status(), there.status()) == ("postmigrate", "paused")
+    return source, there
+
+
+def test_what_is_said_of_one_given_away(guests: Guests, work: Path) -> None:
+    source, there = given_away(guests, work)
+    text = shell("vm-status a.qmp", work).text
+    assert "a.qmp: was moved and stands paused here\n" in text
+    assert "next: vm-migrate --settle a.qmp 'link:" in text
+    assert "next: vm-migrate --settle b.qmp URI-OF-THE-SOURCE" in shell("vm-status b.qmp", work).text
+    for name in ("a", "b"):
+        assert shell(f"vm-cont {name}.qmp", work).status == 5
+        # Nor can it be saved or moved on, as if it were one like any other.
+        assert shell(f"vm-dump {name}.qmp > s", work).status in (1, 5)
+    assert (source.status(), there.status()) == ("postmigrate", "paused")
+    done = shell("vm-migrate --settle a.qmp", work)
+    assert done.status == 5
+    assert "may run where it was sent to (not asked)" in done.err
+    assert shell(f"vm-migrate --settle a.qmp 'link:{RECEIVER}'", work).status == 0
+    assert (source.status(), there.running()) == ("postmigrate", True)
+
+
+def test_the_destination_asks(guests: Guests, work: Path) -> None:
+    source, there = given_away(guests, work)
+    done = shell("vm-migrate --settle b.qmp", work)
+    assert done.status == 5
+    assert "whether its source has let it go is not known" in done.err
+    assert "vm-migrate --settle --i-am-sure b.qmp" in done.err
+    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit no.qmp'", work)
+    assert done.status == 5, "a wrong path looks like a source that is gone"
+    assert "no.qmp on " in done.err
+    assert there.status() == "paused"
+    assert shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work).status == 0
+    assert (source.status(), there.running()) == ("postmigrate", True)
+
+
+def test_the_destination_asks_for_one_that_is_gone(guests: Guests, work: Path) -> None:
+    """It may have run on there before it ended: a person has to know."""
+    source, there = given_away(guests, work)
+    source.end()
+    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    assert done.status == 5
+    assert "is no QEMU any more" in done.err
+    assert there.status() == "paused"
+    assert "only if it has not gone on at its source: vm-migrate --settle --i-am-sure b.qmp" in done.err
+    assert shell("vm-migrate --settle --i-am-sure b.qmp", work).status == 0
+    assert there.running()
+
+
+def test_the_destination_asks_another_guest(guests: Guests, work: Path) -> None:
+    """One that was started since at the same place knows nothing of the move: this copy may be the last."""
+    source, there = given_away(guests, work)
+    source.end()
+    guests.running("a2")
+    shell("ln -sf a2.qmp a.qmp", work)
+    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    assert done.status == 5
+    assert "knows nothing of it" in done.err
+    assert there.status() == "paused"
+
+
+def test_by_someone_who_is_sure(guests: Guests, work: Path) -> None:
+    _source, there = given_away(guests, work)
+    assert shell("vm-migrate --settle --i-am-sure b.qmp", work).status == 0
+    assert there.running()
+
+
+def test_a_copy_of_no_use(guests: Guests, work: Path) -> None:
+    """Loaded, but the source has taken its guest back: it must never run."""
+    source, there = guests.running(), guests.waiting()
+    status, words, _ = outcome_of(work, gated("L", "before", "cut"), source, there)
+    assert status == 1, words
+    as_it_was(source)
+    assert there.status() == "paused"
+    # Later, too, when its own move is long forgotten.
+    assert shell("vm-stop a.qmp && vm-cont a.qmp", work).status == 0
+    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    assert done.status == 5
+    assert "this copy is of no use" in done.err
+    assert shell("vm-cont b.qmp", work).status == 5
+    assert (source.running(), there.status()) == (True, "paused")
+
+
+def test_one_that_is_here_is_settled(guests: Guests, work: Path) -> None:
+    guests.running()
+    done = shell("vm-migrate --settle a.qmp", work)
+    assert (done.status, done.text) == (0, "a.qmp: the guest is here, and 'running'\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("a.qmp link:", "is no place"),
+        ("a.qmp ssh://", "is no place"),
+        ("a.qmp ssh://host", "is no place"),
+        ("a.qmp ssh://-oProxyCommand=x/b.qmp", "is no place"),
+        ("a.qmp ssh://host:port/b.qmp", "is no place"),
+        ("--dry-run a.qmp unix:b", "--dry-run is for link: and ssh://"),
+        ("--through gzip a.qmp unix:b", "--through is for link: and ssh://"),
+        ("--through 'gzip; ls' a.qmp link:x", "expected a pipeline of filters"),
+        ("--through 'gzip |' a.qmp link:x", "a filter is missing"),
+        ("--log x a.qmp link:x", "--log is for -d"),
+        ("--settle a.qmp unix:b", "leads to no vm-restore --commit"),
+        ("--timeout-commit 0 a.qmp link:x", "--timeout-commit: expected"),
+    ],
+)
+def test_wrong_usage(work: Path, words: str, said: str) -> None:
+    done = shell(f"vm-migrate {words}", work)
+    assert done.status == 2, done.err
+    assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--commit --run b.qmp", "--commit does not go with"),
+        ("--through cat b.qmp", "are for --commit"),
+    ],
+)
+def test_wrong_usage_of_the_receiver(work: Path, words: str, said: str) -> None:
+    done = shell(f"vm-restore {words} </dev/null", work)
+    assert done.status == 2, done.err
+    assert said in done.err
+
+
+def test_bytes_that_are_no_link(guests: Guests, work: Path) -> None:
+    there = guests.waiting()
+    for text in ("", "hello, this is nothing of the kind", "vml1" * 100, "QEVM"):
+        done = shell(f"printf '{text}' | vm-restore --commit b.qmp | cat > answer", work)
+        assert done.status in (1, 3), (text, done.err)
+        assert "Traceback" not in done.err
+    assert there.status() == "inmigrate"
+    assert os.path.exists(there.qmp)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lab import Events, Lab, judge_state, load, migrate, outcome
 from measure import SINK, Row, busy, interleave, peak, pipeline, same
+from moves import MOVES
 from vm import Guest
 
 RECIPIENT = "bench@example.org"
@@ -396,4 +397,4 @@ def memory(lab: Lab) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[Lab], Iterator[Row]]] = {
     case.__name__: case for case in (start, dump, pause, compress, restore, filters, verify, memory, encrypt)
-}
+} | MOVES

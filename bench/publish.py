@@ -10,6 +10,9 @@ from typing import Any
 
 from measure import Row
 
+GAP_LIMIT = "1.3 tcp: + 20 ms"
+
+LIMITS = ("100 ms", "128 MiB", "256 MiB", GAP_LIMIT)
 UNITS = {"s": (1.0, "s"), "B": (1 / (1 << 20), "MiB")}
 
 
@@ -33,16 +36,15 @@ def line(row: Row) -> str:
     who = f"{row.ours_name} : {row.theirs_name}"
     figures = f"{amount(row.ours, row.unit):>11} {amount(row.theirs, row.unit):>11}"
     ratios = f"{row.ratio:6.2f} {row.best:6.2f} {target(row):>5} {verdict(row)}"
-    return f"{row.case:9}{who:44.44} {row.what:46.46} {figures} {ratios}"
+    return f"{row.case:15}{who:44.44} {row.what:46.46} {figures} {ratios}"
 
 
 def headline() -> str:
-    return f"{'':9}{'ours : theirs':44} {'what':46} {'ours':>11} {'theirs':>11} {'ratio':>6} {'best':>6} {'least':>5}"
+    return f"{'':15}{'ours : theirs':44} {'what':46} {'ours':>11} {'theirs':>11} {'ratio':>6} {'best':>6} {'least':>5}"
 
 
 def record(row: Row) -> dict[str, Any]:
-    kinds = {"100 ms": "limit", "128 MiB": "limit", "256 MiB": "limit"}
-    kind = kinds.get(row.theirs_name, {"s": "time", "B": "size"}[row.unit])
+    kind = "limit" if row.theirs_name in LIMITS else {"s": "time", "B": "size"}[row.unit]
     values = {"case": row.case, "ours": row.ours_name, "theirs": row.theirs_name, "what": row.what, "kind": kind}
     ratios = {"ratio": round(row.ratio, 3), "best": round(row.best, 3), "rounds": len(row.ours)}
     return {**values, **ratios, "target": row.target, "met": row.met}
@@ -58,9 +60,11 @@ def write(rows: list[Row], about: dict[str, Any], folder: Path, times: Path) -> 
         {**entry, "ours_took": row.ours, "theirs_took": row.theirs} for entry, row in zip(records, rows, strict=True)
     ]
     save(times / "times.json", json.dumps(absolute, indent=1) + "\n")
-    save(folder / "speed.svg", bars("How many times as fast", [r for r in rows if r.unit == "s" and r.case != "start"]))
+    save(folder / "speed.svg", bars("How many times as fast", [r for r in rows if record(r)["kind"] == "time"]))
     limits = [r for r in rows if record(r)["kind"] == "limit"]
     save(folder / "limits.svg", bars("How often it fits into its limit", limits))
+    if found := [r for r in rows if r.case == "gap"]:
+        save(folder / "gaps.svg", gaps(found))
 
 
 def save(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import decision, guest, link, marks, preflight, settle, through
 from .command import hold_signals, no_more_signals, release_signals, signals_wait
-from .crossing import Crossing
+from .crossing import Crossing, finish_postcopy
 from .dump import sample, words_of
 from .errors import CannotDo, GuestGone, Misfit, Stopped, Unsettled, VmstateError
 from .link import Far, Frame, Way
@@ -133,7 +133,7 @@ class Commit:
         assert far
         self._far_hears(far)
         if self._plan.postcopy:
-            self._outgoing = self._crossing = Crossing(self._ours, far)
+            self._outgoing = self._crossing = Crossing(self._plan.path, self._ours, far)
         elif self._plan.through:
             hold_signals()
             self._filter = Filter(self._plan.through, far)
@@ -184,15 +184,14 @@ class Commit:
         assert self._far and self._crossing
         self._far.tell(link.SWITCH)
         with Monitor(self._plan.path) as monitor:
+            # Before, since behind it nobody may take it back.
+            marks.put(monitor, marks.GRANTED, move=self._move)
             monitor.ask("migrate-start-postcopy")
 
     def _after_postcopy(self) -> str:
         assert self._far
         no_more_signals()
-        standing = guest.wait_for(self._plan.path, lambda s: not s.moving, 60, "to complete")
-        if not standing.given_away:
-            raise CannotDo(f"QEMU ended the move as '{standing.migration}': {standing.reason}")
-        return str(self._far.expect(link.RUNNING, RUNS).values.get("state"))
+        return finish_postcopy(self._plan.path, self._far)
 
     # the decision
 

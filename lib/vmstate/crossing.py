@@ -9,21 +9,22 @@ import os
 import select
 import socket
 
-from . import layout, link
-from .errors import CannotDo
-from .link import Far, Frame
-from .octets import BLOCK, memory
+from . import guest, layout, link, marks
+from .errors import CannotDo, Unsettled, VmstateError
+from .link import ANSWERS, Far, Frame, Way
+from .monitor import Monitor
+from .octets import BLOCK, channel, memory
 
 
 class Crossing:
     """`sent` counts the bytes that have left."""
 
-    def __init__(self, qemu: socket.socket, far: Far) -> None:
+    def __init__(self, path: str, qemu: socket.socket, far: Far) -> None:
+        self._path = path
         self._qemu = qemu
         self._far = far
         self._wake, self._waker = os.pipe()
         self._loaded = False
-        self._shut = False
         self.sent = 0
         self._other = far.heard
         far.heard = self._hear
@@ -42,12 +43,16 @@ class Crossing:
                 continue
             count = self._qemu.recv_into(buffer)
             if not count:
-                if self._shut:
-                    return "over"
-                raise CannotDo("QEMU gave up")
+                return self._ended()
             self._far.link.send_bytes(link.DATA, buffer[:count])
             self.sent += count
         return "loaded"
+
+    def _ended(self) -> str:
+        standing = guest.wait_for(self._path, lambda s: s.migration not in ("active", "device"), 10, "to end the move")
+        if standing.given_away or standing.migration.startswith("postcopy-a"):
+            return "over"
+        raise CannotDo(f"QEMU gave up: {standing.reason}" if standing.reason else "QEMU gave up")
 
     def answer(self, status: int) -> None:
         """As `relay.Outgoing.answer`."""
@@ -62,8 +67,6 @@ class Crossing:
             os.write(self._waker, b"x")
             return bool(self._other and self._other(frame))
         if frame.kind == link.BACK:
-            # Before it leaves, since QEMU ends over it.
-            self._shut = self._shut or bytes(frame.data[:2]) == layout.U16.pack(layout.MIG_RP_MSG_SHUT)
             with contextlib.suppress(OSError):
                 self._qemu.sendall(frame.data)
             return True
@@ -71,3 +74,50 @@ class Crossing:
             self._loaded = True
             os.write(self._waker, b"x")
         return False
+
+
+def finish_postcopy(path: str, far: Far) -> str:
+    """All pages are there: wait for QEMU's own end of it; the guest's run state there."""
+    standing = guest.wait_for(path, lambda s: not s.moving or s.migration == "postcopy-paused", 60, "to complete")
+    if not standing.given_away:
+        raise CannotDo(f"QEMU ended the move as '{standing.migration}': {standing.reason}")
+    return str(far.expect(link.RUNNING, ANSWERS).values.get("state"))
+
+
+def resume(path: str, way: Way, move: str) -> str:
+    """Take up a move whose link was lost when the guest had crossed over; its run state there.
+
+    Unsettled where the link is lost again, or the other side has no such guest.
+    """
+    hint = f"once the way is there again: vm-migrate --settle {path} {way.uri}"
+    guest.wait_for(path, lambda s: s.migration == "postcopy-paused", 60, "to notice that its link is lost")
+    far = Far(way)
+    ours, theirs = channel()
+    try:
+        far.ask("resume", move=move)
+        crossing = Crossing(path, ours, far)
+        with Monitor(path) as monitor:
+            monitor.give(guest.NAME, theirs.fileno())
+            monitor.ask("migrate", uri=f"fd:{guest.NAME}", resume=True)
+        theirs.close()
+        crossing.run()
+        return finish_postcopy(path, far)
+    except VmstateError as error:
+        raise Unsettled(f"the guest of {path} runs on the other side, and lacks pages: {error}", hint) from error
+    finally:
+        ours.close()
+        theirs.close()
+        far.leave()
+
+
+def recover(path: str, move: str) -> socket.socket:
+    """On the other side: QEMU takes up its half of such a move; our end of its channel."""
+    guest.wait_for(path, lambda s: s.migration == "postcopy-paused", 60, "to notice that its link is lost")
+    ours, theirs = channel()
+    with Monitor(path) as monitor:
+        if marks.read(monitor).get(marks.ARRIVED, {}).get("move") != move:
+            raise CannotDo(f"the guest at {path} is not the one of this move")
+        monitor.give(guest.NAME, theirs.fileno())
+        monitor.ask("migrate-recover", uri=f"fd:{guest.NAME}")
+    theirs.close()
+    return ours

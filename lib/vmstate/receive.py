@@ -51,6 +51,7 @@ class Receive:
             "check": self._check,
             "settle": self._settle,
             "grant": self._grant,
+            "resume": self._resume,
         }
         self._hello = self._expect(link.HELLO, link.ANSWERS).values
         version, purpose = self._hello.get("version"), str(self._hello.get("purpose"))
@@ -68,6 +69,9 @@ class Receive:
             raise Misfit(errors[0].text, errors[0].hint)
         taking = Taking(self._plan, path, self._report, self._link, self._hello, self._process)
         return taking.run([finding.as_dict() for finding in findings])
+
+    def _resume(self) -> dict[str, Any]:
+        return Taking(self._plan, self._path(), self._report, self._link, self._hello, None).resume()
 
     def _check(self) -> dict[str, Any]:
         """As a move, but for the move."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from . import decision, guest, link
 from .command import no_more_signals
+from .crossing import resume
 from .decision import standing_of
 from .errors import CannotDo, Unsettled, VmstateError
 from .link import Far, Way
@@ -40,6 +41,11 @@ def settle(path: str, way: Way | None, *, sure: bool = False) -> dict[str, Any]:
     if here["state"] in ("waiting", "loading", "undecided"):
         raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
     no_more_signals()
+    if here["state"] == "postcopy":
+        if way is None or "ran" not in here["facts"]:
+            text = f"the guest at {path} has crossed over, and one side has pages that the other lacks"
+            raise Unsettled(text, "on its source: vm-migrate --settle GUEST URI takes the move up again")
+        return {"guest": path, "where": "there", "state": resume(path, way, move)}
     if here["state"] == "loaded":
         return _destination(path, way, move, here["facts"], sure)
     if here["state"] in ("given", "granted") and here.get("move"):

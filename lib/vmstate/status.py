@@ -81,6 +81,10 @@ def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tu
     force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
     settle = marks.settle_command(path, found)
     log = _last_words(found.get(marks.MOVED, {}).get("log"))
+    if standing.migration == "postcopy-paused":
+        if marks.MOVED in found:
+            return "has crossed over, and pages that it lacks there are here; the link was lost", (settle,)
+        return "has crossed over to here, and lacks pages that are at its source; the link was lost", ()
     if standing.given_away and marks.MOVED in found:
         if "move" not in found[marks.MOVED]:
             return "was moved and stands paused here", (force,)

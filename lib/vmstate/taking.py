@@ -10,6 +10,7 @@ from typing import Any
 
 from . import decision, guest, layout, link, marks, through
 from .command import hold_signals, no_more_signals, release_signals
+from .crossing import recover
 from .errors import CannotDo, Damaged, GuestGone, Unsettled, VmstateError
 from .link import Frame, Link
 from .monitor import Monitor
@@ -83,6 +84,20 @@ class Taking:
         self._set_clock(state)
         return {"guest": self._path, "state": state, "bytes": self._bytes}
 
+    def resume(self) -> dict[str, Any]:
+        """Of a guest that has crossed over, when the link was lost: the rest of its pages."""
+        self._ours.close()
+        self._ours = recover(self._path, str(self._facts["move"]))
+        self._crossed = self._waiting.begun = True
+        self._hello["postcopy"] = True
+        self._sink = self._ours.fileno()
+        try:
+            self._say(link.ACCEPT)
+            self._load()
+            return {"guest": self._path, "state": self._finish_postcopy()}
+        except BaseException as error:
+            raise self._put_back(error) from error
+
     def _load(self) -> None:
         """Everything that the source has to say, to QEMU, until that has said itself that it has loaded it (SHUT 0)."""
         while not (self._shut and (self._whole or self._hello.get("postcopy"))):
@@ -122,8 +137,12 @@ class Taking:
             raise Damaged(f"the source said '{chr(frame.kind)}' in the midst of its data")
 
     def _hear_qemu(self) -> None:
-        """Its return path: SHUT is for us, and in postcopy all the rest for the source."""
+        """Its return path: SHUT is for us, and where it may come to postcopy all the rest for the source."""
         more = self._ours.recv(1 << 16)
+        if self._crossed:
+            # Not all of it is messages (the bitmaps of a recovery), and none is for us; SHUT is the last one.
+            self._shut = not more
+            return self._link.send_bytes(link.BACK, memoryview(more)) if more else None
         if not more:
             raise self._refusal(CannotDo("QEMU has ended its channel"))
         self._said += more
@@ -132,8 +151,9 @@ class Taking:
             self._shut = int.from_bytes(message[:2], "big") == layout.MIG_RP_MSG_SHUT
             if self._shut and any(message[4:]):
                 raise self._refusal(CannotDo("QEMU has refused it"))
-            if self._hello.get("postcopy") and (self._crossed or not self._shut):
+            if self._hello.get("postcopy") and not self._shut:
                 self._link.send_bytes(link.BACK, memoryview(message))
+        return None
 
     def _begin(self) -> int:
         """QEMU loads from now on; where its bytes go."""

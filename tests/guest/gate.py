@@ -1,11 +1,11 @@
 """Stands in the link between vm-migrate and vm-restore --commit, and at one frame does something to somebody.
 
-    link:python gate.py ONCE KIND COUNT before|after DEED PID -- COMMAND
+    link:python gate.py ONCE KIND COUNT before|after|later DEED PID -- COMMAND
 
-At the COUNTth frame of KIND (as in docs/link.md), before or after it is passed on, DEED is done: `kill` (SIGKILL to
-PID, which is a number, `source` for vm-migrate or `receiver` for COMMAND), `end` (the same, and the link is cut), `cut`
-(both directions end), `flip` (a bit of the frame), `pause` (PID seconds), or `stall` (nothing passes any more, until
-the link is ended).  The file ONCE is made then, and where it is there already everything passes.
+At the COUNTth frame of KIND (as in docs/link.md), before or after it is passed on (later: a second), DEED is done:
+`kill` (SIGKILL to PID, which is a number, `source` for vm-migrate or `receiver` for COMMAND), `end` (the same, and the
+link is cut), `cut` (both directions end), `flip` (a bit of the frame), `pause` (PID seconds), or `stall` (nothing
+passes any more, until the link is ended).  The file ONCE is made then, and where it is there already all passes.
 """
 
 import os
@@ -37,6 +37,8 @@ class Gate:
                 write(sink, frame)
                 if mine and self.when == "after":
                     self.act(frame)
+                if mine and self.when == "later":
+                    threading.Timer(1, self.act, (frame,)).start()
         except OSError:
             pass
         os.close(sink)

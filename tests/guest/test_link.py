@@ -15,7 +15,7 @@ from conftest import Done, Guests, shell
 from vm import Guest, QmpError, until
 
 from guest.judge import as_it_was, same_memory, went_on
-from guest.test_migrate import migrating
+from guest.test_migrate import MIB, migrating
 
 GATE = Path(__file__).with_name("gate.py")
 RECEIVER = "vm-restore --commit b.qmp"
@@ -504,3 +504,82 @@ def test_bytes_that_are_no_link(guests: Guests, work: Path) -> None:
         assert "Traceback" not in done.err
     assert there.status() == "inmigrate"
     assert os.path.exists(there.qmp)
+
+
+# Postcopy: a guest that dirties its memory faster than the wire
+
+
+METAL = {"kind": "metal", "mem": 128, "append": "dirty=4000"}
+
+
+def busy(guests: Guests) -> tuple[Guest, Guest]:
+    source, there = guests.start("a", **METAL), guests.waiting("b", **METAL)
+    source.wait_count(3)
+    return source, there
+
+
+def test_postcopy(guests: Guests, work: Path) -> None:
+    source, there = busy(guests)
+    done = move(work, link(), "--json", "--postcopy", "--speed", "40m", "--downtime", "1")
+    assert done.status == 0, done.err
+    assert json.loads(done.out)["there"] == "running"
+    assert source.cmd("query-migrate")["ram"]["postcopy-bytes"] > 0
+    counts = there.counts()
+    assert counts[0] in range(source.counts()[-1], source.counts()[-1] + 3)
+    assert there.running()
+    assert source.status() == "postmigrate"
+    assert shell("vm-cont a.qmp", work).status == 5
+    done = shell("vm-migrate --settle a.qmp", work)
+    assert done.status == 5, "nobody may take it back"
+    for guest in (source, there):
+        assert not [c for c in guest.cmd("query-migrate-capabilities") if c["state"]]
+
+
+def test_without_postcopy_it_is_cancelled(guests: Guests, work: Path) -> None:
+    source, _ = busy(guests)
+    done = move(work, link(), "--max-rounds", "2", "--speed", "40m", "--downtime", "1")
+    assert done.status == 1
+    assert "hint: a higher --downtime, --auto-converge, --postcopy or vm-speed may help" in done.err
+    assert source.running()
+
+
+def test_postcopy_that_is_not_needed(guests: Guests, work: Path) -> None:
+    """Everything is there before the switchover: two phases as in any move."""
+    source, there = guests.running(), guests.waiting()
+    done = move(work, link(), "--postcopy", "--max-rounds", "500")
+    assert done.status == 0, done.err
+    assert source.cmd("query-migrate")["ram"]["postcopy-bytes"] == 0
+    went_on(source.counts()[-1], there)
+
+
+def test_a_paused_guest_crosses_over(guests: Guests, work: Path) -> None:
+    source, there = busy(guests)
+    source.cmd("stop")
+    count = source.count()
+    done = move(work, link(), "--postcopy", "--speed", "20m", "--timeout", "1")
+    assert done.status == 0, done.err
+    assert there.status() == "paused"
+    assert shell("vm-cont b.qmp", work).status == 0
+    assert (there.wait_advance() or 0) - (count or 0) in range(4)
+
+
+@pytest.mark.parametrize("deed", ["cut", "receiver", "source"])
+def test_the_link_is_lost_in_postcopy(guests: Guests, work: Path, deed: str) -> None:
+    source, there = busy(guests)
+    source.cmd("migrate-set-parameters", **{"max-postcopy-bandwidth": 20 * MIB})
+    # A moment behind the switchover, when the guest is there and most of its pages are not.
+    uri = gated("S", "later", *((deed,) if deed == "cut" else ("kill", deed)))
+    command = ["vm-migrate", "--postcopy", "--speed", "30m", "--downtime", "1", "a.qmp", uri]
+    with (work / "words").open("w") as words:
+        process = subprocess.Popen(command, cwd=work, stderr=words, start_new_session=True)
+        status = process.wait(60)
+    said = (work / "words").read_text()
+    assert status in (5, -signal.SIGKILL), said
+    until(lambda: source.cmd("query-migrate")["status"] == "postcopy-paused", 20, "it notices")
+    text = shell("vm-status a.qmp", work).text
+    assert "the link was lost" in text, text
+    (command,) = re.findall(r"^next: (vm-migrate --settle .*)$", text, re.M)
+    done = shell(command, work, timeout=40)
+    assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n"), done.err
+    assert there.running()
+    assert source.status() == "postmigrate"

@@ -21,6 +21,8 @@ MIB = 1 << 20
 # Where a PC has RAM of the block pc.ram at its own address (there is less than 2 GiB of it), and no window into ROM.
 LOW, HIGH = (0, 640 << 10), (MIB, 256 * MIB)
 CARD = ["-netdev", "user,id=net1,restrict=on", "-device", "e1000,netdev=net1,romfile="]
+ROOT_PORT = ["-device", "pcie-root-port,id=p,chassis=1"]
+BRIDGES = ["-device", "pcie-pci-bridge,id=r", "-device", "pci-bridge,id=p,bus=r,chassis_nr=2,addr=3"]
 
 
 def dumped(guests: Guests, work: Path, **kwargs: object) -> Path:
@@ -130,6 +132,29 @@ def test_two_vcpus_against_one(guests: Guests, work: Path) -> None:
     guest.end()
     guests.waiting(**two)
     silent(shell("vm-verify --against b.qmp s", work))
+
+
+@pytest.mark.parametrize(("above", "slot"), [(ROOT_PORT, "00"), (BRIDGES, "03.0:01")], ids=["root-port", "bridges"])
+def test_against_one_with_bridges(guests: Guests, work: Path, above: list[str], slot: str) -> None:
+    """Nobody numbers them in a QEMU that waits, and `query-pci` is silent about what is behind."""
+
+    def behind(*cards: str) -> dict[str, object]:
+        places = (f"{card},bus=p,addr={int(slot[-2:])}" for card in cards)
+        return {"kind": "metal", "extra": [*above, *(word for place in places for word in ("-device", place))]}
+
+    guests.start("a", **behind("virtio-rng-pci"))
+    assert shell("vm-dump -q --keep -o s a.qmp", work).status == 0
+    for cards, ours in (((), "nothing"), (("virtio-balloon-pci",), "1af4:10(45|02)"), (("virtio-rng-pci",), "")):
+        guest = guests.waiting(**behind(*cards))
+        for source in ("vm-verify --against b.qmp s", "cat s | vm-verify --against b.qmp"):
+            done = shell(source, work)
+            if ours:
+                there = rf"at PCI address 0000:00:02.0:{slot}.0 the state has 1af4:10(44|05), the guest at b.qmp has {ours}"
+                refused(done, 4, there)
+            else:
+                silent(done)
+        still_waits(guest)
+        guest.end()
 
 
 def with_a_large_device(state: bytes, size: int) -> bytes:

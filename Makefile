@@ -14,12 +14,13 @@ FUZZ_TIME ?= 60
 # Where the commands and everything else that make needs are found first.
 export PATH := $(BIN):$(PATH):/usr/sbin:/sbin
 
-.PHONY: help env demo check check-qemu10 lint test fuzz bench man install uninstall clean apt
+.PHONY: help env demo check check-qemu10 check-long lint test fuzz bench man install uninstall clean apt
 
 help:
 	@echo 'make demo          save a running guest, encrypted, end it, bring it back (sets everything up first)'
 	@echo 'make check         lint and all tests with real guests (sets everything up first)'
 	@echo 'make check-qemu10  the guest tests with the QEMU of Debian 13'
+	@echo 'make check-long    hundreds of moves that die at every moment; an hour'
 	@echo 'make env           only the set-up: system packages, $(VENV), the test guest'
 	@echo 'make lint          ruff, mypy, man pages'
 	@echo 'make test          the tests alone; TESTS=tests/unit for some of them'
@@ -53,6 +54,9 @@ test:
 check-qemu10: env
 	@tests/qemu10 $(CACHE)/qemu10
 	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(PYTEST) tests/guest
+
+check-long: env
+	@$(PYTEST) tests/long/check_link.py
 
 fuzz: $(VENV)/.stamp
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check atheris

@@ -20,11 +20,13 @@ _vmstate()
             words='pgp classic tofu tofu+pgp direct always auto' ;;
         --home)
             COMPREPLY=($(compgen -d -- "$current")); return ;;
-        -o|--output|--passphrase-file)
+        -o|--output|--passphrase-file|--log)
             COMPREPLY=($(compgen -f -- "$current")); return ;;
         *)
             if [[ $current == -* ]]; then
-                words=$("$command" --help 2>/dev/null | grep -oE -- '(^|[ ,])-(-[a-z][a-z-]+|[a-zA-Z0-9])\b' | tr -d ' ,')
+                # What else is said of an option may name those of other commands.
+                words=$("$command" --help 2>/dev/null | sed -nE 's/^  (vm-.*|-.*)/ \1/; T; s/(\S)  .*/\1/; p' |
+                    grep -oE -- '(^|[ ,])-(-[a-z][a-z-]+|[a-zA-Z0-9])\b' | tr -d ' ,')
             fi ;;
     esac
     if [[ -n $words ]]; then

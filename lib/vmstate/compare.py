@@ -6,12 +6,12 @@ the part that reads the stream meet.
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
+from . import qtree
 from .check import State
 from .description import find_end
 from .devices import Device, decode_part, devices_at_end
-from .errors import Damaged, Misfit, Refused
+from .errors import Damaged, Misfit
 from .facts import pci as pci_of
 from .monitor import Monitor
 from .octets import HOLD
@@ -100,19 +100,13 @@ def _words(found: tuple[int, int] | None) -> str:
 
 
 def _pci(monitor: Monitor) -> Pci | None:
-    """Vendor and device id by address, in the form that QEMU uses in names of sections; None without a PCI bus."""
-    try:
-        buses = monitor.ask("query-pci")
-    except Refused:
-        return None
+    """Vendor and device id by address, in the form that QEMU uses in names of sections; None without a PCI device.
+
+    Not from `query-pci`: before firmware has numbered the buses, it has nothing of what is behind a bridge.
+    """
     found: Pci = {}
-    for bus in buses:
-        _collect(bus["devices"], f"0000:{bus['bus']:02x}", found)
-    return found if buses else None
-
-
-def _collect(devices: list[dict[str, Any]], above: str, found: Pci) -> None:
-    for device in devices:
-        address = f"{above}:{device['slot']:02x}.{device['function']:x}"
-        found[address] = (device["id"]["vendor"], device["id"]["device"])
-        _collect(device.get("pci_bridge", {}).get("devices", []), address, found)
+    for device in qtree.devices(monitor.human("info qtree")):
+        if device["pci"]:
+            vendor, card = device["pci"].split(":")
+            found[device["at"]] = (int(vendor, 16), int(card, 16))
+    return found or None

@@ -12,14 +12,29 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import Done, run
+from conftest import Done, Guests, run
+from vm import Guest, until
 
 ADDRESS = {"A": "192.0.2.1", "B": "192.0.2.2", "S": "192.0.2.100"}
 GUEST = "192.0.2.5"
+
+# Sends a line to the guest's echo service now and then over one connection; a line lost for 20 s is the end.
+CLIENT = """
+import socket, sys, time
+link = socket.create_connection((sys.argv[1], 7), 20)
+link.settimeout(20)
+lines = link.makefile("rb")
+for number in range(100000):
+    link.sendall(b"%d\\n" % number)
+    assert lines.readline() == b"%d\\n" % number
+    print(number, flush=True)
+    time.sleep(0.1)
+"""
 
 
 @dataclass
@@ -96,3 +111,30 @@ def hosts(folder: Path) -> Iterator[Hosts]:
         yield made
     finally:
         made.destroy()
+
+
+def source_on_a(guests: Guests, two: Hosts) -> Guest:
+    return guests.booted("a", qemu=two.qemu("A"), net=two.tap(), append=f"ip={GUEST}/24")
+
+
+def waiting_on_b(guests: Guests, two: Hosts) -> Guest:
+    return guests.waiting("b", qemu=two.qemu("B"), net=two.tap(), append=f"ip={GUEST}/24")
+
+
+class Client:
+    """A TCP connection to the guest, from the switch between the hosts."""
+
+    def __init__(self, two: Hosts) -> None:
+        Path(two.folder, "client.py").write_text(CLIENT)
+        self._said = Path(two.folder, "client.out")
+        self._said.touch()
+        self._process = two.background("S", f"exec {sys.executable} client.py {GUEST} > client.out 2>&1")
+        until(lambda: self.answers() > 2, 30, "the guest answers", lambda: self._said.read_text())
+
+    def answers(self) -> int:
+        return self._said.read_text().count("\n")
+
+    def lives(self) -> None:
+        before = self.answers()
+        until(lambda: self.answers() > before + 3, 30, "the connection lives", lambda: self._said.read_text())
+        assert self._process.poll() is None

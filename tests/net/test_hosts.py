@@ -4,66 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BIN, Guests, run
+from conftest import Guests
 from guest.judge import as_it_was, went_on
-from vm import Guest, until
+from vm import until
 
-from net.hosts import ADDRESS, GUEST, Hosts, hosts
+from net.hosts import ADDRESS, Client, Hosts, source_on_a, waiting_on_b
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.timeout(240)]
 KEY = "me@example.org"
-
-# Sends a line to the guest's echo service now and then over one connection; a line lost for 20 s is the end.
-CLIENT = """
-import socket, sys, time
-link = socket.create_connection((sys.argv[1], 7), 20)
-link.settimeout(20)
-lines = link.makefile("rb")
-for number in range(100000):
-    link.sendall(b"%d\\n" % number)
-    assert lines.readline() == b"%d\\n" % number
-    print(number, flush=True)
-    time.sleep(0.1)
-"""
-
-
-@pytest.fixture
-def two(work: Path) -> Iterator[Hosts]:
-    with hosts(work) as made:
-        yield made
-
-
-def source_on_a(guests: Guests, two: Hosts) -> Guest:
-    return guests.booted("a", qemu=two.qemu("A"), net=two.tap(), append=f"ip={GUEST}/24")
-
-
-def waiting_on_b(guests: Guests, two: Hosts) -> Guest:
-    return guests.waiting("b", qemu=two.qemu("B"), net=two.tap(), append=f"ip={GUEST}/24")
-
-
-class Client:
-    """A TCP connection to the guest, from the switch between the hosts."""
-
-    def __init__(self, two: Hosts) -> None:
-        Path(two.folder, "client.py").write_text(CLIENT)
-        self._said = Path(two.folder, "client.out")
-        self._said.touch()
-        self._process = two.background("S", f"exec {sys.executable} client.py {GUEST} > client.out 2>&1")
-        until(lambda: self.answers() > 2, 30, "the guest answers", lambda: self._said.read_text())
-
-    def answers(self) -> int:
-        return self._said.read_text().count("\n")
-
-    def lives(self) -> None:
-        before = self.answers()
-        until(lambda: self.answers() > before + 3, 30, "the connection lives", lambda: self._said.read_text())
-        assert self._process.poll() is None
 
 
 @pytest.mark.parametrize(
@@ -124,28 +75,6 @@ def test_the_network_goes_away(guests: Guests, two: Hosts) -> None:
     until(lambda: source.cmd("query-migrate").get("status") == "failed", 30, "it is over")
     as_it_was(source)
     assert guest.count() is None
-
-
-@pytest.fixture
-def sshd(two: Hosts, work: Path) -> Iterator[Path]:
-    """A real sshd on host B with keys of its own; gives the configuration for `ssh -F`."""
-    for name in ("host", "user"):
-        assert run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", work / name).status == 0
-    (work / "user.pub").rename(work / "allowed")
-    Path("/run/sshd").mkdir(exist_ok=True)
-    (work / "sshd_config").write_text(
-        f"Port 22\nHostKey {work}/host\nAuthorizedKeysFile {work}/allowed\nStrictModes no\nUsePAM no\nPidFile none\n"
-        f"SetEnv PATH={BIN}:{os.environ['PATH']}\n"
-    )
-    (work / "ssh_config").write_text(
-        f"Host hostb\n  HostName {ADDRESS['B']}\n  IdentityFile {work}/user\n  IdentitiesOnly yes\n"
-        f"  UserKnownHostsFile {work}/known\n  StrictHostKeyChecking accept-new\n  LogLevel ERROR\n"
-    )
-    daemon = two.background("B", f"exec /usr/sbin/sshd -D -e -f {work}/sshd_config > sshd.log 2>&1")
-    until(lambda: ":22 " in two.sh("B", "ss -ltn").text, 20, "sshd listens")
-    yield work / "ssh_config"
-    assert daemon.poll() is None, (work / "sshd.log").read_text()
-    subprocess.run(["pkill", "-f", f"{work}/sshd_config"], check=False)
 
 
 def test_two_hosts_are_what_they_seem(two: Hosts) -> None:

@@ -1,0 +1,277 @@
+"""From host A to host B by `vm-migrate ssh://`, with real network cards and disks: nothing is lost, whatever dies."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Done, Guests, run
+from guest.judge import as_it_was, went_on
+from vm import Guest, disk_counts, fsck, until
+
+from net.hosts import Client, Hosts, source_on_a, waiting_on_b
+
+pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.timeout(240)]
+GATE = Path(__file__).resolve().parents[1] / "guest/gate.py"
+MAC = "52:54:00:00:00:01"
+
+
+def move(two: Hosts, sshd: Path, *options: str, before: str = "") -> Done:
+    words = shlex.join(["vm-migrate", *options, "a.qmp", f"ssh://hostb{two.folder}/b.qmp"])
+    return two.sh("A", f"VM_SSH='{before}ssh -F {sshd}' {words}")
+
+
+def gate(kind: str, when: str, deed: str, whom: str = "-") -> str:
+    return shlex.join([sys.executable, str(GATE), "once", kind, "1", when, deed, whom, "--"]) + " "
+
+
+def test_the_connection_lives(guests: Guests, two: Hosts, sshd: Path) -> None:
+    source, there = source_on_a(guests, two), waiting_on_b(guests, two)
+    client = Client(two)
+    ping = two.background("S", "exec ping -i 0.2 192.0.2.5 > ping.out 2>&1")
+    done = move(two, sshd)
+    assert (done.status, done.out, done.err) == (0, b"", "")
+    went_on(source.count() or 0, there)
+    assert source.status() == "postmigrate"
+    client.lives()
+    ping.send_signal(signal.SIGINT)
+    ping.wait(10)
+    lost = re.search(r"(\d+) packets transmitted, (\d+) received", Path(two.folder, "ping.out").read_text())
+    assert lost, Path(two.folder, "ping.out").read_text()
+    assert int(lost[1]) - int(lost[2]) <= 10
+    # The receiver has announced it.
+    assert "dev tap0" in two.sh("B", f"bridge fdb show br br0 | grep {MAC}").text
+    assert "dev vB" in two.sh("S", f"bridge fdb show br br0 | grep {MAC}").text
+
+
+def test_an_announcement_that_fails_is_a_warning(guests: Guests, two: Hosts, sshd: Path) -> None:
+    source, there = source_on_a(guests, two), waiting_on_b(guests, two)
+    # Its bridge goes away behind QEMU's back.
+    two.sh("B", "ip link set tap0 nomaster; ip link set tap0 down")
+    done = move(two, sshd)
+    assert done.status == 0, done.err
+    assert "the guest runs, but was not announced in the network" in done.err
+    went_on(source.count() or 0, there)
+
+
+def test_unless_told_not_to(guests: Guests, two: Hosts, sshd: Path) -> None:
+    source, there = source_on_a(guests, two), waiting_on_b(guests, two)
+    two.sh("B", "ip link set tap0 nomaster; ip link set tap0 down")
+    done = move(two, sshd, "--no-announce")
+    assert (done.status, done.err) == (0, "")
+    went_on(source.count() or 0, there)
+
+
+def test_a_host_that_may_only_receive(guests: Guests, two: Hosts, sshd: Path, work: Path) -> None:
+    """One key, one socket: whatever the other side asks for."""
+    allowed = (work / "allowed").read_text()
+    (work / "allowed").write_text(f'restrict,command="vm-restore --commit {work}/b.qmp" {allowed}')
+    source, there = source_on_a(guests, two), waiting_on_b(guests, two)
+    done = two.sh("A", f"ssh -F {sshd} hostb 'touch {work}/pwned' < /dev/null")
+    assert done.status != 0
+    assert not (work / "pwned").exists()
+    done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate a.qmp ssh://hostb/whatever")
+    assert (done.status, done.err) == (0, "")
+    went_on(source.count() or 0, there)
+    done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate --settle a.qmp ssh://hostb/whatever")
+    assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n")
+
+
+def test_a_host_that_is_not_reached(guests: Guests, two: Hosts, sshd: Path) -> None:
+    source = source_on_a(guests, two)
+    done = move(two, sshd, before="false ")
+    assert done.status == 1
+    assert "the link is lost: its command ended with status 1" in done.err
+    two.link("B", "down")
+    done = two.sh("A", f"VM_SSH='ssh -F {sshd} -o ConnectTimeout=2' vm-migrate a.qmp ssh://hostb/b.qmp")
+    assert done.status == 1
+    assert "255 is ssh's own" in done.err
+    as_it_was(source)
+
+
+def test_the_network_goes_away(guests: Guests, two: Hosts, sshd: Path) -> None:
+    source = source_on_a(guests, two)
+    waiting_on_b(guests, two)
+    client = Client(two)
+    brief = f"ssh -F {sshd} -o ServerAliveInterval=1 -o ServerAliveCountMax=2"
+    uri = f"ssh://hostb{two.folder}/b.qmp"
+    moving = two.background("A", f"VM_SSH='{brief}' vm-migrate --speed 20m a.qmp {uri} 2> words")
+    until(lambda: source.cmd("query-migrate").get("ram", {}).get("transferred", 0) > 5 << 20, 20, "under way")
+    two.link("B", "down")
+    assert moving.wait(60) == 1
+    assert "; the guest runs on\n" in Path(two.folder, "words").read_text()
+    as_it_was(source)
+    client.lives()
+
+
+@pytest.mark.parametrize("who", ["ssh", "sshd"])
+@pytest.mark.parametrize("kind", ["D", "L", "G"])
+def test_ssh_dies(guests: Guests, two: Hosts, sshd: Path, who: str, kind: str) -> None:
+    """The client is the child of the gate; the server's process of this connection ends with its descriptor."""
+    source, there = source_on_a(guests, two), waiting_on_b(guests, two)
+    client = Client(two)
+    if who == "ssh":
+        done = move(two, sshd, "--timeout-commit", "5", before=gate(kind, "after", "kill", "receiver"))
+    else:
+        sessions = "pkill -KILL -f 'sshd: root@notty'"
+        two.background("B", f"until [ -e {two.folder}/once ]; do sleep 0.02; done; {sessions}")
+        done = move(two, sshd, "--timeout-commit", "5", before=gate(kind, "after", "pause", "1"))
+    running = [guest for guest in (source, there) if guest.alive() and guest.status() == "running"]
+    assert len(running) == 1, (source.status(), there.status(), done.err)
+    assert (done.status, running[0]) in ((0, there), (1, source)), done.err
+    if kind != "D":
+        # Granted before its death, and asked anew; or taken back.
+        assert (running[0] is there) == (done.status == 0)
+    client.lives()
+
+
+# Disks
+
+
+def with_disk(disk: Path, kind: str) -> dict[str, object]:
+    if kind == "qcow2":
+        return {"disk": disk}
+    raw = disk.with_suffix(".raw")
+    if not raw.exists():
+        done = run("qemu-img", "convert", "-O", "raw", disk, raw)
+        assert done.status == 0, done.err
+    drive = f"if=none,id=disk0,format=raw,file={raw}"
+    return {"append": "disk", "extra": ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0"]}
+
+
+def log_of(disk: Path, kind: str) -> list[int]:
+    if kind == "raw":
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk.with_suffix(".raw"), disk)
+    status, words = fsck(disk)
+    assert status == 0, words
+    return disk_counts(disk)
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_a_disk_that_both_see(guests: Guests, two: Hosts, sshd: Path, disk: Path, kind: str) -> None:
+    more = with_disk(disk, kind)
+    source = guests.booted("a", qemu=two.qemu("A"), **more)
+    source.wait_count(5)
+    there = guests.waiting("b", qemu=two.qemu("B"), **more)
+    done = move(two, sshd)
+    assert (done.status, done.err) == (0, "")
+    stood = source.count() or 0
+    there.wait_count(stood + 10)
+    assert source.errors() == there.errors() == 0
+    source.end()
+    there.end()
+    log = log_of(disk, kind)
+    assert log == list(range(1, len(log) + 1))
+    assert len(log) >= stood + 9
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_a_disk_of_one_taken_back(guests: Guests, two: Hosts, sshd: Path, disk: Path, kind: str) -> None:
+    """The other one is loaded, and has not taken the image."""
+    more = with_disk(disk, kind)
+    source = guests.booted("a", qemu=two.qemu("A"), **more)
+    there = guests.waiting("b", qemu=two.qemu("B"), **more)
+    done = move(two, sshd, before=gate("L", "before", "cut"))
+    assert done.status == 1, done.err
+    until(lambda: there.status() == "paused", 10, "loaded", lambda: f"{there.status()} {done.err} {there.stderr()}")
+    as_it_was(source)
+    source.wait_count((source.count() or 0) + 10)
+    assert source.errors() == 0
+    there.end()
+    source.end()
+    log = log_of(disk, kind)
+    assert log == list(range(1, len(log) + 1))
+
+
+def test_a_disk_locked_by_another(guests: Guests, two: Hosts, sshd: Path, disk: Path) -> None:
+    """Granted, but it cannot run: the way out is printed, and works once the lock is gone."""
+    source = guests.booted("a", qemu=two.qemu("A"), disk=disk)
+    there = guests.waiting("b", qemu=two.qemu("B"), disk=disk)
+    before, uri = gate("G", "before", "pause", "6"), f"ssh://hostb{two.folder}/b.qmp"
+    ssh = f"VM_SSH={shlex.quote(f'{before}ssh -F {sshd}')}"
+    moving = two.background("A", f"{ssh} vm-migrate --timeout-commit 1 a.qmp {uri} 2> words")
+    until(lambda: source.status() == "postmigrate", 30, "given away")
+    third = guests.start(
+        "c", kind="metal", mem=64, extra=["-drive", f"if=none,id=d,file={disk}", "-device", "virtio-blk-pci,drive=d"]
+    )
+    assert third.alive()
+    status = moving.wait(60)
+    words = Path(two.folder, "words").read_text()
+    assert status == 5, words
+    assert 'Failed to get "write" lock' in words
+    assert (source.status(), there.status()) == ("postmigrate", "paused")
+    third.end()
+    assert there.alive()
+    done = two.sh("A", f"{ssh} vm-migrate --settle a.qmp {uri}")
+    assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n"), done.err
+    there.wait_advance()
+    assert there.errors() == 0
+
+
+def test_a_disk_that_is_another_there(guests: Guests, two: Hosts, sshd: Path, disk: Path, work: Path) -> None:
+    source = guests.booted("a", qemu=two.qemu("A"), disk=disk)
+    other = work / "other.qcow2"
+    assert run("qemu-img", "create", "-q", "-f", "qcow2", other, "64M").status == 0
+    guests.waiting("b", qemu=two.qemu("B"), disk=other)
+    done = move(two, sshd)
+    assert done.status == 4, done.err
+    assert "disk0" in done.err
+    as_it_was(source)
+
+
+def test_the_guest_keeps_its_time(guests: Guests, two: Hosts, sshd: Path) -> None:
+    """The monotonic clock never goes back, and the wall clock is set by the agent where asked to."""
+    source = guests.booted("a", qemu=two.qemu("A"), agent=True)
+    there = guests.waiting("b", qemu=two.qemu("B"), agent=True)
+    source.wait_count(3)
+    # Slow, so that the guest stands still for long enough to tell.
+    done = move(two, sshd, "--clock", before=gate("L", "before", "pause", "3"))
+    assert (done.status, done.err) == (0, "")
+    there.wait_count((source.count() or 0) + 5)
+    times = [*source.uptimes(), *there.uptimes()]
+    assert times == sorted(times)
+    ask = "from vmstate import agent; import time; print(agent.time_of('b.agent') / 1e9 - time.time())"
+    found = two.sh("B", f"{sys.executable} -c {shlex.quote(ask)}")
+    assert abs(float(found.text)) < 1.5, found.err
+
+
+def test_a_clock_that_cannot_be_set(guests: Guests, two: Hosts, sshd: Path) -> None:
+    source, there = source_on_a(guests, two), waiting_on_b(guests, two)
+    done = move(two, sshd, "--clock")
+    assert done.status == 0
+    assert "the clock of the guest was not set: it has no port for a guest agent" in done.err
+    went_on(source.count() or 0, there)
+
+
+def still(guest: Guest) -> bool:
+    return guest.alive() and guest.status() == "running"
+
+
+def test_many_times_back_and_forth(guests: Guests, two: Hosts) -> None:
+    """Five times here, fifty in tests/long."""
+    back_and_forth(guests, two, 5)
+
+
+def back_and_forth(guests: Guests, two: Hosts, times: int) -> None:
+    source = source_on_a(guests, two)
+    client = Client(two)
+    name, guest = "A", source
+    for number in range(times):
+        there = guests.waiting(
+            f"g{number}", qemu=two.qemu("B" if name == "A" else "A"), net=two.tap(), append="ip=192.0.2.5/24"
+        )
+        receiver = shlex.join(
+            ["ip", "netns", "exec", two.name("B" if name == "A" else "A"), "vm-restore", "--commit", there.qmp]
+        )
+        done = two.sh(name, f"vm-migrate --after quit {guest.name}.qmp {shlex.quote(f'link:{receiver}')}")
+        assert done.status == 0, done.err
+        guest.wait_gone()
+        assert still(there)
+        name, guest = "B" if name == "A" else "A", there
+        client.lives()
+    guest.wait_sum()
+    assert len(set(guest.sums())) == 1

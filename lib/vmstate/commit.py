@@ -15,7 +15,7 @@ from . import decision, guest, link, marks, preflight, settle, through
 from .command import hold_signals, no_more_signals, release_signals, signals_wait
 from .crossing import Crossing, finish_postcopy
 from .dump import sample, words_of
-from .errors import CannotDo, GuestGone, Misfit, Stopped, Unsettled, VmstateError
+from .errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
 from .link import Far, Frame, Way
 from .monitor import Monitor
 from .move import Plan, too_long
@@ -159,6 +159,9 @@ class Commit:
     def _interrupt(self, reason: VmstateError | None) -> None:
         """From another thread: `_send` ends over it, in the midst of a read of QEMU's bytes."""
         self._reason = self._reason or reason
+        if reason and self._far:
+            # What we write may be stuck in it.
+            self._far.cut()
         if not self._sent:
             with contextlib.suppress(OSError):
                 self._ours.shutdown(socket.SHUT_RDWR)
@@ -307,18 +310,14 @@ class Commit:
 
     def _reason_for(self, error: BaseException) -> BaseException:
         """What came first: a limit of ours, the other side's refusal, the end of the link."""
-        if isinstance(error, OSError):
-            assert self._far
-            error = self._far.gone()
-        if not isinstance(error, VmstateError) or isinstance(error, Unsettled):
+        if not isinstance(error, OSError | CannotDo | Damaged) or self._far is None:
             return error
         if self._reason:
             return self._reason
-        if self._far and (said := self._far.refusal()):
+        if said := self._far.refusal():
             return said
-        if self._far and self._far.lost and isinstance(error, CannotDo) and "link" not in str(error):
-            return self._far.gone()
-        return error
+        lost = isinstance(error, OSError) or (self._far.lost and self._sending.begun)
+        return self._far.gone() if lost else error
 
     def _leave(self, *, back: bool) -> None:
         """Say cancel, but only where the guest is known to be back: the other side may have the only whole one."""
@@ -339,7 +338,7 @@ class Commit:
         with contextlib.suppress(GuestGone):
             info = guest.glance(path).info
             with contextlib.suppress(VmstateError):
-                guest.patiently(path, self._sending.found.put_back)
+                guest.patiently(path, self._after_all)
             here = guest.finish(path, self._plan.after)
         self._far.leave()
         return {
@@ -352,6 +351,10 @@ class Commit:
             "seconds": seconds,
             "downtime_ms": info.get("downtime"),
         }
+
+    def _after_all(self, monitor: Monitor) -> None:
+        decision.heard(monitor, self._move)
+        self._sending.found.put_back(monitor)
 
 
 class Filter:

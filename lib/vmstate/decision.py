@@ -76,6 +76,12 @@ def take_back_given(monitor: Monitor) -> bool:
     return True
 
 
+def heard(monitor: Monitor, move: str) -> None:
+    """The guest of this move runs on the other side, which has said so."""
+    if marks.HEARD not in marks.names(monitor):
+        marks.put(monitor, marks.HEARD, move=move)
+
+
 def arrive(monitor: Monitor, facts: dict[str, Any]) -> str:
     """Let a guest run that was taken and is now granted, or leave it paused as it was at its source; its run state.
 

@@ -21,7 +21,7 @@ NAME = "vmstate"
 # QEMU's own rhythm, in ms
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 ON = ("return-path",)
-LEFT_OVER = ("return-path", "late-block-activate")
+LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram")
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
 # migration.json, MigrationStatus: those in which QEMU is not done
@@ -156,6 +156,15 @@ def _set_capabilities(monitor: Monitor, had: list[dict[str, Any]], wanted: list[
     for change in (off, wanted):
         if change:
             monitor.ask("migrate-set-capabilities", capabilities=change)
+
+
+def tidy(monitor: Monitor) -> None:
+    """What a command that was killed has left switched on, or silenced."""
+    left = [c for c in monitor.ask("query-migrate-capabilities") if c["state"] and c["capability"] in LEFT_OVER]
+    if left:
+        monitor.ask("migrate-set-capabilities", capabilities=[{**c, "state": False} for c in left])
+    if monitor.ask("query-migrate-parameters").get("announce-rounds") == 0:
+        monitor.ask("migrate-set-parameters", announce_rounds=ANNOUNCE["rounds"])
 
 
 def ram_blocks(monitor: Monitor) -> dict[str, tuple[int, int]]:

@@ -239,11 +239,15 @@ class Far:
         if said is None:
             raise self.gone()
         if isinstance(said, VmstateError):
-            raise said
-        if said.kind == REFUSE:
-            raise error_of(said.values)
+            self._refusal = said
+        elif said.kind == REFUSE:
+            self._refusal = error_of(said.values)
+        if self._refusal:
+            raise self._refusal
+        assert isinstance(said, Frame)
         if said.kind != kind:
-            raise Damaged(f"the other side said '{chr(said.kind)}' where '{chr(kind)}' was expected")
+            text = f"the other side said '{chr(said.kind)}' where '{chr(kind)}' was expected"
+            raise Damaged(text, "is it a vm-restore --commit of the same version?")
         return said
 
     def gone(self) -> VmstateError:

@@ -15,6 +15,8 @@ from .monitor import Monitor
 MOVED = "vmstate-moved"
 # It may run there, and never again here.
 GRANTED = "vmstate-granted"
+# It has been heard to run there.
+HEARD = "vmstate-heard"
 # It is loaded, or has been, and is held until the grant of its source has come.
 TAKEN = "vmstate-taken"
 # It came here, and was let run.
@@ -23,7 +25,7 @@ ARRIVED = "vmstate-arrived"
 KEPT = "vmstate-kept"
 # In a hint, what only the reader knows: the way to the other side.
 URI = "URI-OF-THE-SOURCE"
-ALL = (MOVED, GRANTED, TAKEN, ARRIVED, KEPT)
+ALL = (MOVED, GRANTED, HEARD, TAKEN, ARRIVED, KEPT)
 
 Marks = dict[str, dict[str, Any]]
 

@@ -120,6 +120,7 @@ class Receive:
                 raise CannotDo(f"the guest at {path} is not the one of this move")
             state = decision.arrive(monitor, found[marks.TAKEN])
             with contextlib.suppress(VmstateError):
+                guest.tidy(monitor)
                 guest.announce(monitor)
             return state
 

@@ -1,5 +1,6 @@
 """What brings a move to its end whose commands have died: the table "Killed in the middle" of docs/link.md."""
 
+import contextlib
 from typing import Any
 
 from . import decision, guest, link
@@ -41,6 +42,20 @@ def settle(path: str, way: Way | None, *, sure: bool = False) -> dict[str, Any]:
     if here["state"] in ("waiting", "loading", "undecided"):
         raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
     no_more_signals()
+    outcome = _settle(path, way, here, sure)
+
+    def tidy(monitor: Monitor) -> None:
+        if outcome["where"] == "there":
+            decision.heard(monitor, move)
+        guest.tidy(monitor)
+
+    with contextlib.suppress(VmstateError):
+        guest.patiently(path, tidy)
+    return outcome
+
+
+def _settle(path: str, way: Way | None, here: dict[str, Any], sure: bool) -> dict[str, Any]:
+    move = str(here.get("move"))
     if here["state"] == "postcopy":
         if way is None or "ran" not in here["facts"]:
             text = f"the guest at {path} has crossed over, and one side has pages that the other lacks"

@@ -9,7 +9,7 @@ from typing import Any
 from . import marks
 from .command import signals_wait
 from .dump import sample_of
-from .guest import Standing, glance, look
+from .guest import LEFT_OVER, Standing, glance, look
 from .monitor import Monitor
 from .progress import Sample
 from .report import time_words
@@ -70,7 +70,7 @@ def of(path: str) -> Status:
         standing = look(monitor)
         capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
         found = marks.read(monitor)
-    leftovers = () if standing.moving else tuple(sorted(capabilities & {"return-path", "late-block-activate"}))
+    leftovers = () if standing.moving else tuple(sorted(capabilities & set(LEFT_OVER)))
     if moved := _of_move(path, standing, found):
         return Status(path, standing, leftovers, *moved)
     return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
@@ -88,6 +88,8 @@ def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tu
     if standing.given_away and marks.MOVED in found:
         if "move" not in found[marks.MOVED]:
             return "was moved and stands paused here", (force,)
+        if marks.HEARD in found:
+            return f"was moved, and has been heard to run there{log}", (force,)
         if marks.GRANTED in found:
             return f"was moved and stands paused here{log}", (settle, force)
         return f"was given away, but has not been let run where it was sent to{log}", (settle,)

@@ -72,6 +72,10 @@ class Taking:
         self._granted = False
         self._facts = {"move": hello.get("move"), "run": hello.get("run", True), **hello.get("from", {})}
 
+    @property
+    def _may_announce(self) -> bool:
+        return self._plan.announce and bool(self._hello.get("announce", True))
+
     def run(self, findings: list[dict[str, Any]]) -> dict[str, Any]:
         """The outcome as values.  findings: what speaks against the move, for the source to tell."""
         try:
@@ -82,6 +86,8 @@ class Taking:
             raise self._put_back(error) from error
         self._announce(state)
         self._set_clock(state)
+        if self._process and self._process.added:
+            self._report.hint(f"the guest's monitor is {self._path}")
         return {"guest": self._path, "state": state, "bytes": self._bytes}
 
     def resume(self) -> dict[str, Any]:
@@ -193,7 +199,9 @@ class Taking:
         with contextlib.suppress(OSError):
             self._link.send(link.RUNNING, state=state)
         with contextlib.suppress(VmstateError):
-            guest.patiently(self._path, lambda monitor: self._waiting.afterwards(monitor, state == "running"))
+            guest.patiently(
+                self._path, lambda monitor: self._waiting.afterwards(monitor, state == "running" and self._may_announce)
+            )
         return state
 
     def _commit(self) -> str:
@@ -223,7 +231,7 @@ class Taking:
         with contextlib.suppress(OSError):
             self._link.send(link.RUNNING, state=state)
         with contextlib.suppress(VmstateError):
-            self._waiting.afterwards(monitor, state == "running")
+            self._waiting.afterwards(monitor, state == "running" and self._may_announce)
         return state
 
     def _put_back(self, error: BaseException) -> BaseException:
@@ -286,7 +294,7 @@ class Taking:
 
     def _announce(self, state: str) -> None:
         """An announcement that fails is a warning: the guest runs."""
-        if state != "running" or not self._plan.announce or not self._hello.get("announce", True):
+        if state != "running" or not self._may_announce:
             return
         from . import announce
 

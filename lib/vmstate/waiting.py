@@ -165,11 +165,11 @@ class Waiting:
                 "a disk image can be locked by the source: once that has ended, " + f"vm-cont {self.path}",
             ) from error
 
-    def afterwards(self, monitor: Monitor, run: bool) -> None:
-        """What has time once the guest runs: put back what was found, and have its cards speak up."""
+    def afterwards(self, monitor: Monitor, speak: bool) -> None:
+        """What has time once the guest runs: put back what was found and, with `speak`, have its cards speak up."""
         with contextlib.suppress(Refused):
             self.found.put_back(monitor)
-        if run:
+        if speak:
             announce(monitor)
 
     def nic_facts(self) -> tuple[str, int, list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """Moves over a link: the guest runs at exactly one side, whatever dies, and at whatever moment (docs/link.md)."""
 
+import contextlib
 import json
 import os
 import re
@@ -45,6 +46,9 @@ def test_a_guest_is_moved(guests: Guests, work: Path) -> None:
     assert there.cmd("query-migrate-parameters")["announce-rounds"] == 5
 
     # It runs there, so it must not run here.
+    text = shell("vm-status a.qmp", work).text
+    assert text.startswith("a.qmp: was moved, and has been heard to run there\nnext: vm-cont --force a.qmp")
+    assert "--settle" not in text
     done = shell("vm-cont a.qmp", work)
     assert done.status == 5
     assert "a.qmp was moved, and is where it was sent to" in done.err
@@ -93,7 +97,9 @@ def test_the_receiver_starts_the_qemu(guests: Guests, work: Path) -> None:
         until(lambda: "count" in (work / "b.serial").read_text(), 20, "it counts there")
         assert source.status() == "postmigrate"
     finally:
-        shell("pkill -KILL -f 'name b ' || true", work)
+        for pid in processes(work, "qemu-system-x86_64"):
+            if pid != source.pid:
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("filters", ["vm-compress", "gzip -1", "vm-compress | vm-encrypt -r me@example.org"])
@@ -189,6 +195,17 @@ def runs(guest: Guest) -> bool:
         return False
 
 
+def processes(work: Path, name: str) -> list[int]:
+    """Those of this test: they have its folder as theirs."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if (entry / "cwd").readlink() == work and any(w.endswith(name.encode()) for w in words[:3]):
+                found.append(int(entry.name))
+    return found
+
+
 def settled(work: Path, source: Guest, there: Guest) -> list[str]:
     """Take the ways out that are printed, until the guest runs somewhere; what was printed."""
     said = []
@@ -222,7 +239,8 @@ def outcome_of(work: Path, uri: str, source: Guest, there: Guest, *options: str)
             both = both or (runs(there) and runs(source))
             time.sleep(0.05)
         process.kill()
-    time.sleep(0.5)
+    # The receiver may have something to put back, too.
+    until(lambda: not processes(work, "vm-restore"), 30, "the receiver has ended")
     return process.wait(10), words.read_text(), both or (runs(there) and runs(source))
 
 
@@ -270,7 +288,9 @@ def test_it_dies(guests: Guests, work: Path, kind: str, when: str, deed: str) ->
 @pytest.mark.parametrize("kind", ["D", "E", "L", "G"])
 def test_the_link_stands_still(guests: Guests, work: Path, kind: str) -> None:
     source, there = guests.running(), guests.waiting()
-    judge_fault(work, gated(kind, "before", "stall"), source, there)
+    # While the guest runs on it may stand as long as it likes, unless there is a limit.
+    limit = ("--timeout", "2") if kind == "D" else ()
+    judge_fault(work, gated(kind, "before", "stall"), source, there, *limit)
 
 
 @pytest.mark.parametrize("kind", ["D", "E", "L", "N"])
@@ -305,7 +325,9 @@ def test_a_signal_cancels(guests: Guests, work: Path, number: signal.Signals) ->
         moving.communicate(timeout=30)
     assert moving.returncode == -number
     as_it_was(source)
-    until(lambda: not there.alive() or there.cmd("query-migrate")["status"] == "failed", 10, "it is not left loading")
+    # It may not have begun to load.
+    over = (None, "failed")
+    until(lambda: not there.alive() or there.cmd("query-migrate").get("status") in over, 10, "it is not left loading")
 
 
 def test_vm_cancel_ends_it(guests: Guests, work: Path) -> None:
@@ -319,13 +341,12 @@ def test_vm_cancel_ends_it(guests: Guests, work: Path) -> None:
     as_it_was(source)
 
 
-@pytest.mark.parametrize("option", [("--timeout", "1"), ("--max-rounds", "1")])
-def test_it_takes_too_long(guests: Guests, work: Path, option: tuple[str, str]) -> None:
+def test_it_takes_too_long(guests: Guests, work: Path) -> None:
     source = guests.running()
     guests.waiting()
-    done = move(work, link(), "--speed", "10m", "--downtime", "1", *option)
+    done = move(work, link(), "--speed", "10m", "--downtime", "1", "--timeout", "1")
     assert done.status == 1, done.err
-    assert "the move " in done.err
+    assert "the move was not over in 1 s" in done.err
     assert "; the guest runs on\n" in done.err
     as_it_was(source)
 
@@ -392,6 +413,10 @@ def test_what_is_said_of_one_given_away(guests: Guests, work: Path) -> None:
     assert "may run where it was sent to (not asked)" in done.err
     assert shell(f"vm-migrate --settle a.qmp 'link:{RECEIVER}'", work).status == 0
     assert (source.status(), there.running()) == ("postmigrate", True)
+    assert "has been heard to run there" in shell("vm-status a.qmp", work).text
+    for guest in (source, there):
+        assert not [c for c in guest.cmd("query-migrate-capabilities") if c["state"]]
+    assert there.cmd("query-migrate-parameters")["announce-rounds"] == 5
 
 
 def test_the_destination_asks(guests: Guests, work: Path) -> None:
@@ -474,6 +499,7 @@ def test_one_that_is_here_is_settled(guests: Guests, work: Path) -> None:
         ("--through 'gzip; ls' a.qmp link:x", "expected a pipeline of filters"),
         ("--through 'gzip |' a.qmp link:x", "a filter is missing"),
         ("--log x a.qmp link:x", "--log is for -d"),
+        ("--settle --dry-run a.qmp link:x", "--dry-run does not go with --settle"),
         ("--settle a.qmp unix:b", "leads to no vm-restore --commit"),
         ("--timeout-commit 0 a.qmp link:x", "--timeout-commit: expected"),
     ],
@@ -510,7 +536,7 @@ def test_bytes_that_are_no_link(guests: Guests, work: Path) -> None:
 # Postcopy: a guest that dirties its memory faster than the wire
 
 
-METAL = {"kind": "metal", "mem": 128, "append": "dirty=4000"}
+METAL = {"kind": "metal", "mem": 80, "append": "dirty=4000"}
 
 
 def busy(guests: Guests) -> tuple[Guest, Guest]:
@@ -525,6 +551,7 @@ def test_postcopy(guests: Guests, work: Path) -> None:
     assert done.status == 0, done.err
     assert json.loads(done.out)["there"] == "running"
     assert source.cmd("query-migrate")["ram"]["postcopy-bytes"] > 0
+    there.wait_advance()
     counts = there.counts()
     assert counts[0] in range(source.counts()[-1], source.counts()[-1] + 3)
     assert there.running()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Guests
-from guest.test_link import DEEDS, GATE, RECEIVER, STEPS, fault_uri, judge_fault, link
+from guest.test_link import DEEDS, GATE, RECEIVER, STEPS, fault_uri, judge_fault, link, processes
 from net.conftest import two as two
 from net.hosts import Hosts
 from net.test_link import back_and_forth
@@ -65,17 +65,6 @@ def strike(work: Path, victim: str, source: Guest, there: Guest) -> None:
             if victim == "pause":
                 time.sleep(2)
                 os.kill(pid, signal.SIGCONT)
-
-
-def processes(work: Path, name: str) -> list[int]:
-    """Those of this test: they have its folder as theirs."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if (entry / "cwd").readlink() == work and any(w.endswith(name.encode()) for w in words[:3]):
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.root

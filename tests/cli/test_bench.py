@@ -14,7 +14,7 @@ MOVES = {"gap", "ssh-throughput", "through-100mbit"}
 
 
 @pytest.mark.guest
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("cases", "pictures"),
     [
@@ -24,7 +24,7 @@ MOVES = {"gap", "ssh-throughput", "through-100mbit"}
 )
 def test_a_quick_run_writes_whole_results(tmp_path: Path, cases: set[str], pictures: set[str]) -> None:
     only = [word for name in sorted(cases) for word in ("--only", name)]
-    done = run(sys.executable, ROOT / "bench/run", "--quick", *only, "--out", tmp_path, timeout=220)
+    done = run(sys.executable, ROOT / "bench/run", "--quick", *only, "--out", tmp_path, timeout=280)
     assert done.status == 0, done.err
     results = json.loads((tmp_path / "results.json").read_text())
     rows = results["rows"]

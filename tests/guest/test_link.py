@@ -611,3 +611,26 @@ def test_the_link_is_lost_in_postcopy(guests: Guests, work: Path, deed: str) -> 
     assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n"), done.err
     assert there.running()
     assert source.status() == "postmigrate"
+
+
+class Firmware(Guest):
+    """No OS and no disk: the firmware, in real mode, looks for something to boot."""
+
+    def _kernel(self) -> list[str]:
+        debug = f"file,id=debug,path={self.path('debug')}"
+        return ["-chardev", debug, "-device", "isa-debugcon,iobase=0x402,chardev=debug"]
+
+    def said(self) -> str:
+        return self.path("debug").read_text(errors="replace")
+
+
+def test_a_guest_in_its_firmware(work: Path) -> None:
+    with Firmware(work, "a", kind="metal").start() as source:
+        until(lambda: "No bootable device" in source.said(), 30, "it has nothing to boot")
+        with Firmware(work, "b", kind="metal", incoming="defer").start() as there:
+            done = move(work, link())
+            assert (done.status, done.err) == (0, "")
+            assert there.status() == "running"
+            assert there.said() == ""
+            there.cmd("system_reset")
+            until(lambda: "No bootable device" in there.said(), 30, "it goes on there")

@@ -30,6 +30,8 @@ from .stage import Stage
 LOOK = 0.25
 # A receiver that has heard 'go' needs no more than this, if it is there at all.
 RUNS = 10.0
+# As in `taking`: a receiver loads the last of it at once.
+SOON = 1.0
 
 
 class Commit:
@@ -48,6 +50,7 @@ class Commit:
         self._crossing: Crossing | None = None
         self._sent = False
         self._given = False
+        self._near: Monitor | None = None
         self._far: Far | None = None
         self._reason: VmstateError | None = None
         mark = {"uri": plan.target.uri, "move": self._move, **({"log": plan.log} if plan.log else {})}
@@ -77,13 +80,13 @@ class Commit:
         try:
             if self._send() == "over":
                 return self._outcome(self._after_postcopy())
-            assert self._far
-            self._far.expect(link.LOADED, self._plan.commit)
+            self._await_loaded()
             # The point of no return is near, and a signal would be neither here nor there.
             no_more_signals()
             assert self._outgoing
             self._outgoing.answer(0)
         except BaseException as error:
+            self._leave_monitor()
             raise self._put_back(error) from error
         state = self._decide()
         return self._outcome(state)
@@ -198,13 +201,30 @@ class Commit:
 
     # the decision
 
+    def _await_loaded(self) -> None:
+        """The guest stands still: the monitor is kept for what comes behind it, if not for long."""
+        assert self._far
+        with contextlib.suppress(VmstateError), signals_wait():
+            self._near = Monitor(self._plan.path).__enter__()
+        try:
+            self._far.expect(link.LOADED, min(SOON, self._plan.commit))
+        except link.Silent:
+            self._leave_monitor()
+            self._far.expect(link.LOADED, self._plan.commit)
+
+    def _leave_monitor(self) -> None:
+        if self._near:
+            self._near.leave()
+        self._near = None
+
     def _decide(self) -> str:
         """The state is loaded there and given away here: grant it, or take it back; where it runs then."""
         path, far = self._plan.path, self._far
         assert far
         try:
-            granted = guest.patiently(path, self._grant)
+            granted = self._grant(self._near) if self._near else guest.patiently(path, self._grant)
         except VmstateError as error:
+            self._leave_monitor()
             if not (isinstance(error, GuestGone) and self._given):
                 text = f"the guest is loaded there, and has not been let go here: {error}"
                 raise Unsettled(text, self._settle_words(), self._there_words()) from error
@@ -212,12 +232,16 @@ class Commit:
             self._report.warning(f"the QEMU of {path} has ended; its guest goes on there")
             granted = True
         if not granted:
+            self._leave_monitor()
             self._leave(back=True)
             raise CannotDo(f"the link was lost before the guest was let go; it {words_of(guest.glance(path).run)}")
         try:
             far.tell(link.GO, move=self._move)
+            # Leaving takes time, and others may want it now.
+            self._leave_monitor()
             state = str(far.expect(link.RUNNING, RUNS).values.get("state"))
         except VmstateError as error:
+            self._leave_monitor()
             state = self._settle(error)
         self._report.note("the other side lets it run")
         return state
@@ -229,14 +253,18 @@ class Commit:
         while (standing := guest.look(monitor)).moving or standing.run == "finish-migrate":
             if time.monotonic() > give_up:
                 raise CannotDo("QEMU does not complete")
-            time.sleep(0.002)
+            time.sleep(0.001)
         if not standing.given_away or self._far.lost:
             # No word any more to the other side whose guest would then be an old one.
             decision.take_back_given(monitor)
             self._sending.found.put_back(monitor)
             return False
         self._given = True
-        return decision.grant(monitor, self._move) == "granted"
+        if not self._near or self._crossing:
+            return decision.grant(monitor, self._move) == "granted"
+        # Nobody has had the monitor since before it was given away.
+        marks.put(monitor, marks.GRANTED, move=self._move)
+        return True
 
     def _settle(self, error: VmstateError) -> str:
         """The link was lost behind the grant: ask anew."""

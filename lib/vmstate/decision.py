@@ -82,12 +82,13 @@ def heard(monitor: Monitor, move: str) -> None:
         marks.put(monitor, marks.HEARD, move=move)
 
 
-def arrive(monitor: Monitor, facts: dict[str, Any]) -> str:
+def arrive(monitor: Monitor, facts: dict[str, Any], rhythm: dict[str, int] | None = None) -> str:
     """Let a guest run that was taken and is now granted, or leave it paused as it was at its source; its run state.
 
-    facts: those of its mark.  Raises Refused where it does not run, for example over the lock of a disk image.
+    facts: those of its mark.  rhythm: of the announcement of its cards, at once, since until then nobody finds it.
+    Raises Refused where it does not run, for example over the lock of a disk image.
     """
-    state = run_on(monitor).run if facts.get("run", True) else "paused"
+    state = run_on(monitor, rhythm).run if facts.get("run", True) else "paused"
     marks.put(monitor, marks.ARRIVED, **facts)
     with contextlib.suppress(Refused):
         monitor.ask("object-del", id=marks.TAKEN)

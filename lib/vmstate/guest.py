@@ -236,16 +236,24 @@ def cont_in(monitor: Monitor) -> Standing:
     return after
 
 
-def announce(monitor: Monitor) -> None:
+def announce(monitor: Monitor, rhythm: dict[str, int] | None = None) -> None:
     """Have the guest's cards speak up, in the rhythm of its parameters."""
+    monitor.ask("announce-self", **(rhythm or rhythm_of(monitor)))
+
+
+def rhythm_of(monitor: Monitor) -> dict[str, int]:
     had = monitor.ask("query-migrate-parameters")
     values = {name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE}
-    # No rounds: left over from a restore that was killed.
-    monitor.ask("announce-self", **{**values, "rounds": values["rounds"] or ANNOUNCE["rounds"]})
+    # No rounds: silenced for a restore, perhaps one that was killed.
+    return {**values, "rounds": values["rounds"] or ANNOUNCE["rounds"]}
 
 
-def run_on(monitor: Monitor) -> Standing:
+def run_on(monitor: Monitor, rhythm: dict[str, int] | None = None) -> Standing:
+    """Let it run; Refused where QEMU does not.  rhythm: announce it then, before anything else."""
     monitor.ask("cont")
+    if rhythm:
+        with contextlib.suppress(Refused):
+            announce(monitor, rhythm)
     standing = look(monitor)
     # Where an image cannot be taken, some versions answer well and stay paused.
     if standing.run not in ("running", "suspended"):

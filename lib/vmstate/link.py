@@ -197,6 +197,10 @@ def _ssh_words(uri: str) -> tuple[str, ...]:
     return (*ssh, f"vm-restore --commit {shlex.quote(path)}")
 
 
+class Silent(CannotDo):
+    """The other side has not answered in time."""
+
+
 class Far:
     """The other side, as the process that carries the link to it, and what it has said so far."""
 
@@ -235,7 +239,7 @@ class Far:
         try:
             said = self._said.get(timeout=seconds)
         except queue.Empty:
-            raise CannotDo(f"the other side did not answer in {seconds:.0f} s") from None
+            raise Silent(f"the other side did not answer in {seconds:.0f} s") from None
         if said is None:
             raise self.gone()
         if isinstance(said, VmstateError):

@@ -54,6 +54,11 @@ class Monitor:
     def __exit__(self, *_exc: object) -> None:
         self._leave()
 
+    def leave(self) -> None:
+        """As the end of the `with` block; of one that has been left already nothing happens."""
+        if not self._loop.is_closed():
+            self._leave()
+
     def ask(self, command: str, **arguments: Any) -> Any:
         """The answer to a command; arguments with '_' for '-'."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}

@@ -59,6 +59,8 @@ class Taking:
         self._stage: Stage | None = None
         self._bytes = 0
         self._whole = False
+        self._near: Monitor | None = None
+        self._rhythm: dict[str, int] | None = None
         self._sink = -1
         self._said = b""
         self._shut = False
@@ -139,6 +141,8 @@ class Taking:
             if self._stage:
                 self._stage.finish()
             self._whole = True
+            with contextlib.suppress(VmstateError):
+                self._near = Monitor(self._path).__enter__()
         else:
             raise Damaged(f"the source said '{chr(frame.kind)}' in the midst of its data")
 
@@ -185,12 +189,13 @@ class Taking:
 
     def _let_run_in_postcopy(self) -> None:
         """The source has crossed over: from now on the guest is here, and asks for its pages."""
-        with Monitor(self._path) as monitor:
-            standing = guest.look(monitor)
-            if standing.migration == "postcopy-active" and standing.run == "paused":
-                self._crossed = True
-                no_more_signals()
-                decision.arrive(monitor, self._facts)
+        self._near = monitor = self._near or Monitor(self._path).__enter__()
+        standing = guest.look(monitor)
+        if standing.migration == "postcopy-active" and standing.run == "paused":
+            self._crossed = True
+            no_more_signals()
+            decision.arrive(monitor, self._facts, guest.rhythm_of(monitor) if self._may_announce else None)
+            monitor.leave()
 
     def _finish_postcopy(self) -> str:
         """All pages are here, and the source knows."""
@@ -199,20 +204,22 @@ class Taking:
         with contextlib.suppress(OSError):
             self._link.send(link.RUNNING, state=state)
         with contextlib.suppress(VmstateError):
-            guest.patiently(
-                self._path, lambda monitor: self._waiting.afterwards(monitor, state == "running" and self._may_announce)
-            )
+            guest.patiently(self._path, self._waiting.afterwards)
         return state
 
     def _commit(self) -> str:
         """Loaded: tell it, wait for the word, let it run."""
-        self._waiting.loaded()
-        with Monitor(self._path) as monitor:
+        # From the last byte on the guest stands still: the monitor is kept, if not for long.
+        monitor = self._near or Monitor(self._path).__enter__()
+        try:
+            self._waiting.loaded_in(monitor)
+            self._rhythm = guest.rhythm_of(monitor) if self._may_announce else None
             self._loaded = True
             self._say(link.LOADED, bytes=self._bytes)
             if self._link.comes(SOON):
                 return self._await_go(monitor)
-        # Not to keep the monitor from others any longer.
+        finally:
+            monitor.leave()
         if not self._link.comes(LONG):
             raise CannotDo(f"the source has said nothing for {LONG:.0f} s")
         return guest.patiently(self._path, self._await_go)
@@ -227,15 +234,17 @@ class Taking:
                 raise CannotDo("the link is lost")
             self._granted = True
             no_more_signals()
-        state = decision.arrive(monitor, self._facts)
+        state = decision.arrive(monitor, self._facts, self._rhythm)
         with contextlib.suppress(OSError):
             self._link.send(link.RUNNING, state=state)
         with contextlib.suppress(VmstateError):
-            self._waiting.afterwards(monitor, state == "running" and self._may_announce)
+            self._waiting.afterwards(monitor)
         return state
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
+        if self._near:
+            self._near.leave()
         if self._stage:
             self._stage.end()
         self._ours.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -123,11 +124,17 @@ class Waiting:
 
         Raises GuestGone or CannotDo where it ended over it, Refused with its words where it said why.
         """
-        standing = wait_for(
-            self.path, lambda s: s.migration in ("completed", "failed") or not _waits(s), 120, "to load"
-        )
-        if standing.migration == "failed":
-            raise Refused("migrate-incoming", standing.reason or "no reason given")
+        _require_loaded(wait_for(self.path, _is_over, 120, "to load"))
+
+    @staticmethod
+    def loaded_in(monitor: Monitor) -> None:
+        """`loaded` within a conversation, for a guest that is about to be."""
+        give_up = time.monotonic() + 10
+        while not _is_over(standing := look(monitor)):
+            if time.monotonic() > give_up:
+                raise CannotDo("QEMU said that it had loaded the guest, and does not go on")
+            time.sleep(0.001)
+        _require_loaded(standing)
 
     def settle(self, run: bool) -> str:
         """Put back what was found and, with `run`, let the guest run; its run state.
@@ -165,12 +172,10 @@ class Waiting:
                 "a disk image can be locked by the source: once that has ended, " + f"vm-cont {self.path}",
             ) from error
 
-    def afterwards(self, monitor: Monitor, speak: bool) -> None:
-        """What has time once the guest runs: put back what was found and, with `speak`, have its cards speak up."""
+    def afterwards(self, monitor: Monitor) -> None:
+        """What has time once the guest runs: put back what was found."""
         with contextlib.suppress(Refused):
             self.found.put_back(monitor)
-        if speak:
-            announce(monitor)
 
     def nic_facts(self) -> tuple[str, int, list[dict[str, Any]]]:
         """`info network`, the process id of QEMU, and `query-rx-filter` of a guest."""
@@ -207,6 +212,15 @@ class Waiting:
         if _waits(standing) and standing.migration == "none":
             return f"the guest at {self.path} still waits"
         return f"the guest at {self.path} is used up; end it and start it again with -incoming defer"
+
+
+def _is_over(standing: Standing) -> bool:
+    return standing.migration in ("completed", "failed") or not _waits(standing)
+
+
+def _require_loaded(standing: Standing) -> None:
+    if standing.migration == "failed":
+        raise Refused("migrate-incoming", standing.reason or "no reason given")
 
 
 def _waits(standing: Standing) -> bool:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import secrets
 import socket
-import threading
 import time
 from typing import Any
 
@@ -18,16 +17,15 @@ from .dump import sample, words_of
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
 from .link import Far, Frame, Way
 from .monitor import Monitor
-from .move import Plan, too_long
-from .octets import BLOCK, channel, memory
+from .move import Plan
+from .octets import channel
 from .preflight import Finding
 from .progress import Progress
 from .relay import Outgoing
 from .report import Report
-from .stage import Stage
+from .through import Filter
+from .watch import FIRST_PAUSE, Watch
 
-# How often a stalled or endless move is looked at, in seconds.
-LOOK = 0.25
 # A receiver that has heard 'go' needs no more than this, if it is there at all.
 RUNS = 10.0
 # As in `taking`: a receiver loads the last of it at once.
@@ -44,7 +42,7 @@ class Commit:
         self._mode = mode
         self._started = time.monotonic()
         self._move = secrets.token_hex(8)
-        self._ours, self._theirs = channel()
+        self._ours, self._theirs = channel(link.ROOM)
         self._filter: Filter | None = None
         self._outgoing: Outgoing | Crossing | None = None
         self._crossing: Crossing | None = None
@@ -53,9 +51,10 @@ class Commit:
         self._near: Monitor | None = None
         self._far: Far | None = None
         self._reason: VmstateError | None = None
+        downtime = FIRST_PAUSE if plan.downtime is None else min(plan.downtime, FIRST_PAUSE)
         mark = {"uri": plan.target.uri, "move": self._move, **({"log": plan.log} if plan.log else {})}
         on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
-        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
+        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark)
 
     def check(self) -> dict[str, Any]:
         """Ask both sides, and send nothing."""
@@ -135,15 +134,13 @@ class Commit:
         far = self._far
         assert far
         self._far_hears(far)
-        if self._plan.postcopy:
-            self._outgoing = self._crossing = Crossing(self._plan.path, self._ours, far)
-        elif self._plan.through:
+        if self._plan.through:
             hold_signals()
             self._filter = Filter(self._plan.through, far)
             release_signals()
             self._outgoing = Outgoing(self._ours, self._filter.fd, whole=True)
         else:
-            self._outgoing = Outgoing(self._ours, far.link.writing, far.link.framing, whole=True)
+            self._outgoing = self._crossing = Crossing(self._plan.path, self._ours, far)
         hold_signals()
         self._sending.start(self._theirs.fileno(), stopped=False, watch=lambda: None)
         release_signals()
@@ -172,15 +169,17 @@ class Commit:
     def _send(self) -> str:
         """Until everything is sent; 'over' where it is there as well, the guest having crossed over in postcopy."""
         assert self._outgoing and self._far
-        watch = Watch(self._plan, self._outgoing, self._interrupt, self._switch if self._plan.postcopy else None)
+        watch = Watch(self._plan, self._outgoing, self._sending.found, self._interrupt)
+        if self._plan.postcopy:
+            watch.switch = self._switch
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)), watch:
             if self._crossing:
                 came = self._crossing.run()
                 self._sent = True
                 return came
+            assert isinstance(self._outgoing, Outgoing) and self._filter
             self._outgoing.run()
-            if self._filter:
-                self._filter.finish()
+            self._filter.finish()
         self._sent = True
         self._far.tell(link.END, bytes=self._outgoing.sent)
         return "sent"
@@ -260,7 +259,7 @@ class Commit:
             self._sending.found.put_back(monitor)
             return False
         self._given = True
-        if not self._near or self._crossing:
+        if not self._near or self._plan.postcopy:
             return decision.grant(monitor, self._move) == "granted"
         # Nobody has had the monitor since before it was given away.
         marks.put(monitor, marks.GRANTED, move=self._move)
@@ -291,7 +290,7 @@ class Commit:
     def _put_back(self, error: BaseException) -> BaseException:
         """Undo all; the error to raise, with what has become of the guest."""
         no_more_signals()
-        if self._crossing and (crossed := self._crossed(error)):
+        if self._plan.postcopy and (crossed := self._crossed(error)):
             return crossed
         for end in (self._ours, self._theirs):
             end.close()
@@ -383,84 +382,3 @@ class Commit:
     def _after_all(self, monitor: Monitor) -> None:
         decision.heard(monitor, self._move)
         self._sending.found.put_back(monitor)
-
-
-class Filter:
-    """A pipeline on the way (`--through`): QEMU's bytes into it, what it makes of them into frames."""
-
-    def __init__(self, command: str, far: Far) -> None:
-        reading, writing = os.pipe()
-        self._stage = Stage(command, "sink", writing)
-        os.close(writing)
-        self._reading = reading
-        self._far = far
-        self._trouble: BaseException | None = None
-        self.fd = self._stage.fd
-        self._thread = threading.Thread(target=self._pump, daemon=True)
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Everything is in; CannotDo unless it has all come out, and every filter ended with 0."""
-        self._stage.finish()
-        self._thread.join()
-        if self._trouble:
-            raise self._trouble
-
-    def end(self) -> None:
-        self._stage.end()
-
-    def _pump(self) -> None:
-        buffer = memory(BLOCK)
-        try:
-            while count := os.readv(self._reading, [buffer]):
-                self._far.link.send_bytes(link.DATA, buffer[:count])
-        except OSError as error:
-            self._trouble = error
-            # Nobody reads it any more: it must not wait for ever.
-            self._stage.kill()
-        os.close(self._reading)
-
-
-class Watch:
-    """While this context lasts: a move that takes too long, or a guest that stands still while nothing passes."""
-
-    def __init__(self, plan: Plan, outgoing: "Outgoing | Crossing", interrupt: Any, switch: Any = None) -> None:
-        """`interrupt` is called with an error; `switch`, where there is one, instead at the limits of the plan."""
-        self._plan = plan
-        self._switch = switch
-        self._outgoing = outgoing
-        self._interrupt = interrupt
-        self._started = time.monotonic()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        sent, since = -1, time.monotonic()
-        while not self._over.wait(LOOK):
-            now = time.monotonic()
-            if self._outgoing.sent != sent:
-                sent, since = self._outgoing.sent, now
-            stalled = now - since > self._plan.commit
-            if not (stalled or self._switch or self._plan.timeout or self._plan.rounds):
-                continue
-            with contextlib.suppress(VmstateError):
-                self._judge(guest.glance(self._plan.path, 0.5), stalled)
-
-    def _judge(self, standing: guest.Standing, stalled: bool) -> None:
-        reason = too_long(self._plan, standing, self._started)
-        if self._switch:
-            if reason and standing.migration == "active":
-                self._switch()
-        elif reason:
-            self._interrupt(CannotDo(reason, "a higher --downtime, --auto-converge, --postcopy or vm-speed may help"))
-        if stalled and standing.run == "finish-migrate":
-            text = f"nothing has passed over the link for {self._plan.commit:.0f} s, with the guest standing still"
-            self._interrupt(CannotDo(text))

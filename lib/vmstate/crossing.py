@@ -1,7 +1,7 @@
-"""QEMU's bytes in both directions over a link, as they are: for a move that may end in postcopy.
+"""QEMU's bytes over a link, as they are: the other QEMU is their judge.
 
-Before the guest crosses over the receiver keeps QEMU's SHUT to itself and says 'loaded', as in any move; behind it
-everything passes, and QEMU ends by itself.
+The receiver keeps that one's SHUT to itself and says 'loaded'.  Where the guest crosses over in postcopy, everything
+passes in both directions from then on, and QEMU ends by itself.
 """
 
 import contextlib

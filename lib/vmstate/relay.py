@@ -135,26 +135,14 @@ class Peeked:
             count -= len(self._qemu.recv(count))
 
 
-def _alone(_view: memoryview) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
 class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
 
-    framing: a context around each piece on its way to the sink.  whole: the commands that ask for a return path stay.
+    whole: the commands that ask for a return path stay.
     """
 
-    def __init__(
-        self,
-        qemu: socket.socket,
-        sink: int,
-        framing: Callable[[memoryview], contextlib.AbstractContextManager[None]] = _alone,
-        *,
-        whole: bool = False,
-    ) -> None:
+    def __init__(self, qemu: socket.socket, sink: int, *, whole: bool = False) -> None:
         self._qemu = qemu
-        self._framing = framing
         self._whole = whole
         self._peeked = Peeked(qemu, sink)
         self._reader = StateReader(self, self._pass)
@@ -209,9 +197,7 @@ class Outgoing:
         begin, end = self._passed, self._passed + len(view)
         at = begin
         for first, behind in [cut for cut in self._cuts if begin <= cut[0] < end] + [(end, end)]:
-            if piece := view[at - begin : first - begin]:
-                with self._framing(piece):
-                    self._peeked.send(piece)
+            self._peeked.send(view[at - begin : first - begin])
             self._peeked.drop(view[first - begin : behind - begin])
             self.sent += first - at
             at = behind

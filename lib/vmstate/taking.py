@@ -12,7 +12,7 @@ from . import decision, guest, layout, link, marks, through
 from .command import hold_signals, no_more_signals, release_signals
 from .crossing import recover
 from .errors import CannotDo, Damaged, GuestGone, Unsettled, VmstateError
-from .link import Frame, Link
+from .link import ROOM, Frame, Link
 from .monitor import Monitor
 from .octets import channel, write_all
 from .process import Process
@@ -55,7 +55,7 @@ class Taking:
         self._hello = hello
         self._process = process
         self._waiting = Waiting(path)
-        self._ours, self._theirs = channel()
+        self._ours, self._theirs = channel(ROOM)
         self._stage: Stage | None = None
         self._bytes = 0
         self._whole = False
@@ -108,7 +108,8 @@ class Taking:
 
     def _load(self) -> None:
         """Everything that the source has to say, to QEMU, until that has said itself that it has loaded it (SHUT 0)."""
-        while not (self._shut and (self._whole or self._hello.get("postcopy"))):
+        # Filters may have bytes of their own behind QEMU's.
+        while not (self._shut and (self._whole or not self._hello.get("through"))):
             ready = self._wait()
             if self._ours.fileno() in ready:
                 self._hear_qemu()
@@ -141,8 +142,6 @@ class Taking:
             if self._stage:
                 self._stage.finish()
             self._whole = True
-            with contextlib.suppress(VmstateError):
-                self._near = Monitor(self._path).__enter__()
         else:
             raise Damaged(f"the source said '{chr(frame.kind)}' in the midst of its data")
 
@@ -209,7 +208,7 @@ class Taking:
 
     def _commit(self) -> str:
         """Loaded: tell it, wait for the word, let it run."""
-        # From the last byte on the guest stands still: the monitor is kept, if not for long.
+        # The guest stands still: the monitor is kept for what comes, if not for long.
         monitor = self._near or Monitor(self._path).__enter__()
         try:
             self._waiting.loaded_in(monitor)

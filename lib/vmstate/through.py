@@ -3,9 +3,14 @@
 The source names the filters; the receiver runs none but those of its own table, or what its own command line says.
 """
 
+import os
 import shlex
+import threading
 
+from . import link
 from .errors import CannotDo, WrongUsage
+from .octets import BLOCK, memory
+from .stage import Stage
 
 INVERSES = {
     "vm-compress": "vm-compress -d",
@@ -53,3 +58,39 @@ def inverse(filters: list[str], given: str | None) -> str | None:
         hint = "tell the receiver: vm-restore --commit --through 'COMMAND' GUEST"
         raise CannotDo(f"what undoes the filter '{unknown[0]}' is not known here", hint)
     return " | ".join(INVERSES[name] for name in reversed(filters)) or None
+
+
+class Filter:
+    """A pipeline on the way (`--through`): QEMU's bytes into it, what it makes of them into frames."""
+
+    def __init__(self, command: str, far: link.Far) -> None:
+        reading, writing = os.pipe()
+        self._stage = Stage(command, "sink", writing)
+        os.close(writing)
+        self._reading = reading
+        self._far = far
+        self._trouble: BaseException | None = None
+        self.fd = self._stage.fd
+        self._thread = threading.Thread(target=self._pump, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Everything is in; CannotDo unless it has all come out, and every filter ended with 0."""
+        self._stage.finish()
+        self._thread.join()
+        if self._trouble:
+            raise self._trouble
+
+    def end(self) -> None:
+        self._stage.end()
+
+    def _pump(self) -> None:
+        buffer = memory(BLOCK)
+        try:
+            while count := os.readv(self._reading, [buffer]):
+                self._far.link.send_bytes(link.DATA, buffer[:count])
+        except OSError as error:
+            self._trouble = error
+            # Nobody reads it any more: it must not wait for ever.
+            self._stage.kill()
+        os.close(self._reading)

@@ -52,7 +52,7 @@ class Commit:
         self._far: Far | None = None
         self._reason: VmstateError | None = None
         downtime = FIRST_PAUSE if plan.downtime is None else min(plan.downtime, FIRST_PAUSE)
-        mark = {"uri": plan.target.uri, "move": self._move, **({"log": plan.log} if plan.log else {})}
+        mark = {"uri": plan.target.uri, "move": self._move, **({"log": os.path.abspath(plan.log)} if plan.log else {})}
         on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
         self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark)
 
@@ -77,18 +77,18 @@ class Commit:
     def run(self) -> dict[str, Any]:
         """Until the guest runs there; whatever goes wrong before it is granted, it runs on here."""
         try:
-            if self._send() == "over":
-                return self._outcome(self._after_postcopy())
-            self._await_loaded()
-            # The point of no return is near, and a signal would be neither here nor there.
-            no_more_signals()
-            assert self._outgoing
-            self._outgoing.answer(0)
+            if over := self._send() == "over":
+                state = self._after_postcopy()
+            else:
+                self._await_loaded()
+                # The point of no return is near, and a signal would be neither here nor there.
+                no_more_signals()
+                assert self._outgoing
+                self._outgoing.answer(0)
         except BaseException as error:
             self._leave_monitor()
             raise self._put_back(error) from error
-        state = self._decide()
-        return self._outcome(state)
+        return self._outcome(state if over else self._decide())
 
     # before
 
@@ -178,7 +178,10 @@ class Commit:
                 self._sent = True
                 return came
             assert isinstance(self._outgoing, Outgoing) and self._filter
-            self._outgoing.run()
+            try:
+                self._outgoing.run()
+            except BrokenPipeError as error:
+                raise self._filter.trouble() from error
             self._filter.finish()
         self._sent = True
         self._far.tell(link.END, bytes=self._outgoing.sent)
@@ -190,8 +193,8 @@ class Commit:
         self._far.tell(link.SWITCH)
         with Monitor(self._plan.path) as monitor:
             # Before, since behind it nobody may take it back.
-            marks.put(monitor, marks.GRANTED, move=self._move)
-            monitor.ask("migrate-start-postcopy")
+            if marks.decide(monitor, marks.GRANTED, self._move) == marks.GRANTED:
+                monitor.ask("migrate-start-postcopy")
 
     def _after_postcopy(self) -> str:
         assert self._far
@@ -233,13 +236,14 @@ class Commit:
         if not granted:
             self._leave_monitor()
             self._leave(back=True)
-            raise CannotDo(f"the link was lost before the guest was let go; it {words_of(guest.glance(path).run)}")
+            why = "the link was lost" if far.lost else "the move was cancelled"
+            raise CannotDo(f"{why} before the guest was let go; it {words_of(guest.glance(path).run)}")
         try:
             far.tell(link.GO, move=self._move)
             # Leaving takes time, and others may want it now.
             self._leave_monitor()
             state = str(far.expect(link.RUNNING, RUNS).values.get("state"))
-        except VmstateError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the guest has been granted
             self._leave_monitor()
             state = self._settle(error)
         self._report.note("the other side lets it run")
@@ -253,19 +257,15 @@ class Commit:
             if time.monotonic() > give_up:
                 raise CannotDo("QEMU does not complete")
             time.sleep(0.001)
-        if not standing.given_away or self._far.lost:
-            # No word any more to the other side whose guest would then be an old one.
-            decision.take_back_given(monitor)
+        if not standing.given_away or (self._far.lost and decision.take_back_given(monitor)):
+            if not standing.given_away:
+                marks.keep(monitor, self._move)
             self._sending.found.put_back(monitor)
             return False
         self._given = True
-        if not self._near or self._plan.postcopy:
-            return decision.grant(monitor, self._move) == "granted"
-        # Nobody has had the monitor since before it was given away.
-        marks.put(monitor, marks.GRANTED, move=self._move)
-        return True
+        return marks.decide(monitor, marks.GRANTED, self._move) == marks.GRANTED
 
-    def _settle(self, error: VmstateError) -> str:
+    def _settle(self, error: Exception) -> str:
         """The link was lost behind the grant: ask anew."""
         assert self._far
         self._far.cut()
@@ -362,10 +362,10 @@ class Commit:
         path, info, here = self._plan.path, {}, "gone"
         assert self._outgoing and self._far
         seconds = round(time.monotonic() - self._started, 3)
+        # The guest has arrived, whatever becomes of this.
+        with contextlib.suppress(VmstateError):
+            info = guest.patiently(path, self._after_all)
         with contextlib.suppress(GuestGone):
-            info = guest.glance(path).info
-            with contextlib.suppress(VmstateError):
-                guest.patiently(path, self._after_all)
             here = guest.finish(path, self._plan.after)
         self._far.leave()
         return {
@@ -379,6 +379,7 @@ class Commit:
             "downtime_ms": info.get("downtime"),
         }
 
-    def _after_all(self, monitor: Monitor) -> None:
+    def _after_all(self, monitor: Monitor) -> dict[str, Any]:
         decision.heard(monitor, self._move)
         self._sending.found.put_back(monitor)
+        return guest.look(monitor).info

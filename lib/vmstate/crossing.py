@@ -9,7 +9,7 @@ import os
 import select
 import socket
 
-from . import guest, layout, link, marks
+from . import decision, guest, layout, link, marks
 from .errors import CannotDo, Unsettled, VmstateError
 from .link import ANSWERS, Far, Frame, Way
 from .monitor import Monitor
@@ -115,8 +115,12 @@ def recover(path: str, move: str) -> socket.socket:
     guest.wait_for(path, lambda s: s.migration == "postcopy-paused", 60, "to notice that its link is lost")
     ours, theirs = channel()
     with Monitor(path) as monitor:
-        if marks.read(monitor).get(marks.ARRIVED, {}).get("move") != move:
+        found = marks.read(monitor)
+        if move not in (found.get(name, {}).get("move") for name in (marks.ARRIVED, marks.TAKEN)):
             raise CannotDo(f"the guest at {path} is not the one of this move")
+        if marks.ARRIVED not in found:
+            # The link was lost in the moment of its crossing.
+            decision.arrive(monitor, found[marks.TAKEN], guest.rhythm_of(monitor))
         monitor.give(guest.NAME, theirs.fileno())
         monitor.ask("migrate-recover", uri=f"fd:{guest.NAME}")
     theirs.close()

@@ -35,30 +35,26 @@ def state_of(standing: Standing, found: marks.Marks) -> str:
         if standing.moving or standing.run == "finish-migrate":
             return "undecided"
         if standing.given_away:
-            return "granted" if marks.GRANTED in found else "given"
+            return "granted" if marks.decision(found) == marks.GRANTED else "given"
     return "undecided" if standing.run == "finish-migrate" else "here"
 
 
 def _facts(found: marks.Marks) -> dict[str, Any]:
-    for name in (marks.ARRIVED, marks.TAKEN, marks.MOVED, marks.KEPT):
+    for name in (marks.ARRIVED, marks.TAKEN, marks.MOVED, marks.DECIDED):
         if name in found:
             return {"move": found[name].get("move"), "facts": found[name]}
     return {"move": None, "facts": {}}
 
 
 def grant(monitor: Monitor, move: str) -> str:
-    """Where the guest of this move is: 'granted' (now, if it was given away), 'undecided', 'here', or 'unknown'.
-
-    Looking and granting are one conversation, as in `take_back_given`: only one of them can happen.
-    """
+    """Where the guest of this move is: 'granted' (now, if it was given away), 'undecided', 'here', or 'unknown'."""
     standing, found = look(monitor), marks.read(monitor)
     if _facts(found)["move"] != move:
         # Another QEMU may have come to the same path.
         return "unknown"
     state = state_of(standing, found)
     if state == "given":
-        marks.put(monitor, marks.GRANTED, move=move)
-        return "granted"
+        return "granted" if marks.decide(monitor, marks.GRANTED, move) == marks.GRANTED else "here"
     return state
 
 
@@ -69,8 +65,11 @@ def take_back_given(monitor: Monitor) -> bool:
     if state in ("granted", "undecided", "postcopy"):
         return False
     mark = found.get(marks.MOVED, {})
-    if state == "given" and mark.get("ran", True):
-        run_on(monitor)
+    if state == "given":
+        if marks.decide(monitor, marks.KEPT, str(mark.get("move"))) == marks.GRANTED:
+            return False
+        if mark.get("ran", True):
+            run_on(monitor)
     if mark:
         marks.keep(monitor, mark.get("move"))
     return True
@@ -89,7 +88,9 @@ def arrive(monitor: Monitor, facts: dict[str, Any], rhythm: dict[str, int] | Non
     Raises Refused where it does not run, for example over the lock of a disk image.
     """
     state = run_on(monitor, rhythm).run if facts.get("run", True) else "paused"
-    marks.put(monitor, marks.ARRIVED, **facts)
+    # Another command may have been first, with the same outcome.
+    with contextlib.suppress(Refused):
+        marks.put(monitor, marks.ARRIVED, **facts)
     with contextlib.suppress(Refused):
         monitor.ask("object-del", id=marks.TAKEN)
     return state

@@ -222,6 +222,7 @@ def cont(path: str, force: bool = False) -> Standing:
             raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
         if not force:
             marks.refuse(marks.read(monitor), standing.run, standing.given_away, path)
+        marks.hold(monitor)
         after = cont_in(monitor)
         marks.stay(monitor)
         return after

@@ -37,7 +37,9 @@ RAW = (DATA, BACK)
 FAMILY = {1: CannotDo, 2: CannotDo, 3: Damaged, 4: Misfit, 5: Unsettled}
 # The other side may have to start a QEMU, or somebody to type a password.
 ANSWERS = 60.0
-ENDS = 5.0
+ENDS = 10.0
+# More than an honest other side has to say at once.
+MANY = 64
 
 
 @dataclass
@@ -122,7 +124,7 @@ def _head(kind: int, flags: int, payload: bytes | memoryview) -> bytes:
 def _values(payload: memoryview) -> dict[str, Any]:
     try:
         values = json.loads(bytes(payload))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"words of the other side are no JSON: {error}") from error
     if not isinstance(values, dict):
         raise Damaged("words of the other side are no JSON object")
@@ -140,9 +142,10 @@ def words_of_error(error: VmstateError) -> dict[str, Any]:
 
 def error_of(values: dict[str, Any]) -> VmstateError:
     """What the other side has refused, as an error of ours."""
-    family = FAMILY.get(values.get("status", 1), CannotDo)
-    hints = [str(hint) for hint in values.get("hints", [])]
-    return family(f"the other side: {values.get('message', 'it gave no reason')}", *hints)
+    status, hints = values.get("status"), values.get("hints")
+    family = FAMILY.get(status, CannotDo) if isinstance(status, int) else CannotDo
+    words = [str(hint) for hint in hints[:MANY]] if isinstance(hints, list) else []
+    return family(f"the other side: {values.get('message', 'it gave no reason')}", *words)
 
 
 @dataclass(frozen=True)
@@ -292,16 +295,19 @@ class Far:
     def _listen(self) -> None:
         try:
             while frame := self.link.receive():
+                if self._said.qsize() > MANY:
+                    raise Damaged("the other side says more than was asked")
                 if not (self.heard and self.heard(frame)):
                     self._said.put(frame)
         except VmstateError as error:
             self._said.put(error)
         except (OSError, ValueError):
             pass
-        self.lost = True
-        if self.heard:
-            self.heard(None)
-        self._said.put(None)
+        finally:
+            self.lost = True
+            if self.heard:
+                self.heard(None)
+            self._said.put(None)
 
 
 def _hints(status: int) -> tuple[str, ...]:

@@ -13,19 +13,18 @@ from .monitor import Monitor
 
 # The guest was sent to another QEMU; once it is 'postmigrate' and 'completed', it is there.
 MOVED = "vmstate-moved"
-# It may run there, and never again here.
-GRANTED = "vmstate-granted"
+# What was decided of it: `GRANTED`, it may run there, and never again here; or `KEPT`, it stays here.
+DECIDED = "vmstate-decided"
+GRANTED, KEPT = "granted", "kept"
 # It has been heard to run there.
 HEARD = "vmstate-heard"
 # It is loaded, or has been, and is held until the grant of its source has come.
 TAKEN = "vmstate-taken"
 # It came here, and was let run.
 ARRIVED = "vmstate-arrived"
-# It was to be moved, and has been kept here.
-KEPT = "vmstate-kept"
 # In a hint, what only the reader knows: the way to the other side.
 URI = "URI-OF-THE-SOURCE"
-ALL = (MOVED, GRANTED, HEARD, TAKEN, ARRIVED, KEPT)
+ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED)
 
 Marks = dict[str, dict[str, Any]]
 
@@ -58,6 +57,13 @@ def clear(monitor: Monitor) -> None:
             monitor.ask("object-del", id=name)
 
 
+def hold(monitor: Monitor) -> None:
+    """Somebody says that the guest is to run here: from now on nobody can grant it to the other side."""
+    mark = read(monitor).get(MOVED, {})
+    if "move" in mark:
+        decide(monitor, KEPT, mark["move"])
+
+
 def stay(monitor: Monitor) -> None:
     """The guest runs here now, by somebody's word."""
     found = read(monitor)
@@ -72,14 +78,31 @@ def keep(monitor: Monitor, move: str | None) -> None:
     """The guest of this move stays where it is; whoever asks later is to know that it is the same one."""
     clear(monitor)
     if move is not None:
-        put(monitor, KEPT, move=move)
+        decide(monitor, KEPT, move)
+
+
+def decide(monitor: Monitor, what: str, move: str) -> str:
+    """Decide the move, once and for all; what was decided, by this or by another command.
+
+    QEMU takes no second object of one name, so that it happens once also where there are several monitors.
+    """
+    try:
+        put(monitor, DECIDED, move=move, what=what)
+    except Refused:
+        return decision(read(monitor)) or what
+    return what
+
+
+def decision(found: Marks) -> str:
+    """`GRANTED`, `KEPT`, or "" where nothing is decided."""
+    return str(found.get(DECIDED, {}).get("what", ""))
 
 
 def refuse(found: Marks, run: str, given_away: bool, path: str) -> None:
     """Unsettled where a guest is at both ends of a move; who lets it run here must know that it does not there."""
     settle = f"to see to that: {settle_command(path, found)}"
     if given_away and MOVED in found:
-        if "move" in found[MOVED] and GRANTED not in found:
+        if "move" in found[MOVED] and decision(found) != GRANTED:
             raise Unsettled(f"the guest at {path} is being moved, and has not arrived", settle)
         hint = f"only once it is gone there: vm-cont --force {path}"
         raise Unsettled(f"the guest at {path} was moved, and is where it was sent to", hint)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from . import decision, guest, link, marks, preflight, through
-from .command import hold_signals, release_signals
+from .command import hold_signals, no_more_signals, release_signals
 from .errors import CannotDo, Damaged, GuestGone, Misfit, VmstateError
 from .link import Frame, Link
 from .monitor import Monitor
-from .process import Process, check_arguments
+from .process import Process, check_arguments, monitor_path
 from .report import Report
-from .taking import Plan, Taking
+from .taking import Plan, Taking, move_of
 from .waiting import require_waiting
 
 
@@ -62,11 +62,15 @@ class Receive:
         return purposes[purpose]()
 
     def _move(self) -> dict[str, Any]:
-        path, findings = self._look()
-        errors = [finding for finding in findings if finding.level == "error"]
-        if errors:
+        try:
+            move_of(self._hello)
+            path, findings = self._look()
+            if errors := [finding for finding in findings if finding.level == "error"]:
+                raise Misfit(errors[0].text, errors[0].hint)
+        except BaseException:
+            no_more_signals()
             self._end_process()
-            raise Misfit(errors[0].text, errors[0].hint)
+            raise
         taking = Taking(self._plan, path, self._report, self._link, self._hello, self._process)
         return taking.run([finding.as_dict() for finding in findings])
 
@@ -128,7 +132,7 @@ class Receive:
 
     def _grant(self) -> dict[str, Any]:
         """Here is the source: let its guest go, if it was given away in this move."""
-        path, move = self._path(), str(self._hello.get("move"))
+        path, move = self._path(), move_of(self._hello)
         try:
             state = guest.patiently(path, lambda monitor: decision.grant(monitor, move))
         except GuestGone:
@@ -139,9 +143,10 @@ class Receive:
     # the talk
 
     def _path(self) -> str:
-        if self._plan.path is None:
-            raise CannotDo("the receiver starts a QEMU of its own, and has no guest from before")
-        return self._plan.path
+        path = self._plan.path or monitor_path(self._plan.command)
+        if path is None:
+            raise CannotDo("the receiver starts a QEMU of its own, and does not know where one from before is")
+        return path
 
     def _expect(self, kind: int, seconds: float) -> Frame:
         if not self._link.comes(seconds):

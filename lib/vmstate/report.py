@@ -60,7 +60,12 @@ class Report:
             self._line(kind, text)
 
     def _line(self, kind: str, text: str) -> None:
-        _print(f"{self.name}: {kind}: {text}", sys.stderr)
+        _print(f"{self.name}: {kind}: {printable(text)}", sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Words that may come from a guest, a file or another host, such that they cannot command a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _print(text: str, stream: TextIO) -> None:

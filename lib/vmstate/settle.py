@@ -41,7 +41,8 @@ def settle(path: str, way: Way | None, *, sure: bool = False) -> dict[str, Any]:
         raise CannotDo(f"no guest at {path}: its QEMU has ended", "settle it on the other side")
     if here["state"] in ("waiting", "loading", "undecided"):
         raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
-    no_more_signals()
+    if here["state"] != "postcopy":
+        no_more_signals()
     outcome = _settle(path, way, here, sure)
 
     def tidy(monitor: Monitor) -> None:

@@ -10,7 +10,7 @@ from .octets import enlarge
 
 
 class Stage:
-    """A shell pipeline as the far end of a pipe: `side` 'sink' takes our bytes, 'source' gives them.
+    """A shell pipeline as the far end of a pipe: `side` 'source' gives us bytes, another ('sink', 'filter') takes ours.
 
     It runs with `pipefail` in a process group of its own.  output: where a sink writes; None: where we do.
     """
@@ -18,9 +18,9 @@ class Stage:
     def __init__(self, command: str, side: str, output: int | None = None) -> None:
         self.command = command
         self.side = side
-        ours, theirs = os.pipe()[:: -1 if side == "sink" else 1]
+        ours, theirs = os.pipe()[:: 1 if side == "source" else -1]
         enlarge(ours)
-        stdin, stdout = (theirs, output) if side == "sink" else (subprocess.DEVNULL, theirs)
+        stdin, stdout = (subprocess.DEVNULL, theirs) if side == "source" else (theirs, output)
         self.process = subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", command], stdin=stdin, stdout=stdout, start_new_session=True
         )

@@ -12,7 +12,7 @@ from .dump import sample_of
 from .guest import LEFT_OVER, Standing, glance, look
 from .monitor import Monitor
 from .progress import Sample
-from .report import time_words
+from .report import printable, time_words
 
 # QEMU's run state to what it means; the rest depends on the migration.
 MEANING = {
@@ -84,18 +84,19 @@ def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tu
     if standing.migration == "postcopy-paused":
         if marks.MOVED in found:
             return "has crossed over, and pages that it lacks there are here; the link was lost", (settle,)
-        return "has crossed over to here, and lacks pages that are at its source; the link was lost", ()
+        words = "has crossed over to here, and lacks pages that are at its source; the link was lost"
+        return words, ("on its source, vm-status tells how to go on",)
     if standing.given_away and marks.MOVED in found:
         if "move" not in found[marks.MOVED]:
             return "was moved and stands paused here", (force,)
         if marks.HEARD in found:
             return f"was moved, and has been heard to run there{log}", (force,)
-        if marks.GRANTED in found:
+        if marks.decision(found) == marks.GRANTED:
             return f"was moved and stands paused here{log}", (settle, force)
         return f"was given away, but has not been let run where it was sent to{log}", (settle,)
     if standing.run == "paused" and marks.TAKEN in found:
         source = found[marks.TAKEN]
-        where = f"{source.get('path')} on {source.get('host')}"
+        where = printable(f"{source.get('path')} on {source.get('host')}").replace("\n", " ")
         return f"has loaded the guest of {where} and is held until that has let it go", (settle,)
     return None
 
@@ -159,6 +160,8 @@ def _next(path: str, standing: Standing) -> tuple[str, ...]:
         if standing.migration == "none":
             return (f"vm-restore {name} < STATE",)
         return ("end this QEMU and start it again with -incoming defer",) if standing.migration == "failed" else ()
+    if standing.run == "finish-migrate":
+        return (f"vm-status {name}", f"vm-cancel {name}    (takes it back)")
     if standing.moving:
         return (f"vm-status {name}",)
     if standing.given_away:

@@ -4,6 +4,7 @@ Source: docs/link.md, which has the conversation and what is done when it breaks
 """
 
 import contextlib
+import re
 import select
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,18 @@ SOON = 1.0
 LONG = 600.0
 # In postcopy the guest stands still until it is noticed here, in ms.
 LOOK_MS = 2
+
+
+# Of a path.
+MOST = 4096
+
+
+def move_of(hello: dict[str, Any]) -> str:
+    """The number of the move, as its source has drawn it."""
+    move = hello.get("move")
+    if not isinstance(move, str) or not re.fullmatch(r"[0-9a-f]{16}", move):
+        raise CannotDo("the source names no move: expected 16 hexadecimal digits")
+    return move
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,12 @@ class Taking:
         # Loaded, and perhaps the only one there is.
         self._loaded = False
         self._granted = False
-        self._facts = {"move": hello.get("move"), "run": hello.get("run", True), **hello.get("from", {})}
+        origin = hello.get("from") if isinstance(hello.get("from"), dict) else {}
+        self._facts = {
+            "move": move_of(hello),
+            "run": bool(hello.get("run", True)),
+            **{name: str((origin or {}).get(name, ""))[:MOST] for name in ("host", "path")},
+        }
 
     @property
     def _may_announce(self) -> bool:
@@ -139,7 +157,7 @@ class Taking:
         elif frame.kind == link.SWITCH:
             self._switched = True
         elif frame.kind == link.END and self._waiting.begun:
-            if self._stage:
+            if self._stage and not self._qemu_gave_up():
                 self._stage.finish()
             self._whole = True
         else:
@@ -147,7 +165,10 @@ class Taking:
 
     def _hear_qemu(self) -> None:
         """Its return path: SHUT is for us, and where it may come to postcopy all the rest for the source."""
-        more = self._ours.recv(1 << 16)
+        try:
+            more = self._ours.recv(1 << 16)
+        except ConnectionError:
+            more = b""
         if self._crossed:
             # Not all of it is messages (the bitmaps of a recovery), and none is for us; SHUT is the last one.
             self._shut = not more
@@ -181,14 +202,29 @@ class Taking:
         try:
             write_all(sink, data)
         except ConnectionError as error:
-            if self._stage:
+            if self._stage and not self._qemu_gave_up():
                 self._stage.finish()
             raise self._refusal(error) from error
         self._bytes += len(data)
 
+    def _qemu_gave_up(self) -> bool:
+        """Its reason comes before that of the filters, which end over it."""
+        try:
+            return guest.glance(self._path).migration == "failed"
+        except GuestGone:
+            return True
+        except VmstateError:
+            return False
+
     def _let_run_in_postcopy(self) -> None:
         """The source has crossed over: from now on the guest is here, and asks for its pages."""
-        self._near = monitor = self._near or Monitor(self._path).__enter__()
+        try:
+            self._near = monitor = self._near or Monitor(self._path).__enter__()
+        except GuestGone:
+            raise
+        except CannotDo:
+            # Somebody else has it; the next look will do.
+            return
         standing = guest.look(monitor)
         if standing.migration == "postcopy-active" and standing.run == "paused":
             self._crossed = True
@@ -248,7 +284,7 @@ class Taking:
             self._stage.end()
         self._ours.close()
         self._theirs.close()
-        if self._crossed:
+        if self._crossed or (self._switched and self._in_postcopy()):
             text = f"the guest at {self._path} runs here, and lacks pages that are at its source: {error}"
             return Unsettled(text, "at its source: vm-status tells how to go on")
         if self._waiting.begun and not self._cancelled and (self._loaded or not self._waiting.let_fall()):
@@ -261,6 +297,12 @@ class Taking:
         if isinstance(error, VmstateError):
             error.hints = (*error.hints, self._waiting.fate())
         return error
+
+    def _in_postcopy(self) -> bool:
+        try:
+            return guest.glance(self._path).migration.startswith("postcopy")
+        except VmstateError:
+            return False
 
     def _unsettled(self, error: BaseException) -> BaseException:
         """It is loaded, and its source has been told so."""

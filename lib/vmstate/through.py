@@ -6,12 +6,14 @@ The source names the filters; the receiver runs none but those of its own table,
 import os
 import shlex
 import threading
+from typing import Any
 
 from . import link
 from .errors import CannotDo, WrongUsage
 from .octets import BLOCK, memory
 from .stage import Stage
 
+MOST = 8
 INVERSES = {
     "vm-compress": "vm-compress -d",
     "vm-encrypt": "vm-encrypt -d",
@@ -47,12 +49,14 @@ def names(command: str | None) -> list[str]:
     return [stage[0].rpartition("/")[2] for stage in stages]
 
 
-def inverse(filters: list[str], given: str | None) -> str | None:
+def inverse(filters: Any, given: str | None) -> str | None:
     """The pipeline that undoes these; `given` is what the receiver was told to use.  CannotDo where there is none."""
     if given is not None:
         if not filters:
             raise CannotDo("the receiver expects a filter on the way (--through), and the source has none")
         return given
+    if not isinstance(filters, list) or len(filters) > MOST or not all(isinstance(name, str) for name in filters):
+        raise CannotDo(f"the source names no filters that make sense: expected at most {MOST} names")
     unknown = [name for name in filters if name not in INVERSES]
     if unknown:
         hint = "tell the receiver: vm-restore --commit --through 'COMMAND' GUEST"
@@ -65,21 +69,31 @@ class Filter:
 
     def __init__(self, command: str, far: link.Far) -> None:
         reading, writing = os.pipe()
-        self._stage = Stage(command, "sink", writing)
+        self._stage = Stage(command, "filter", writing)
         os.close(writing)
         self._reading = reading
         self._far = far
-        self._trouble: BaseException | None = None
+        self._trouble: OSError | None = None
         self.fd = self._stage.fd
         self._thread = threading.Thread(target=self._pump, daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
         """Everything is in; CannotDo unless it has all come out, and every filter ended with 0."""
-        self._stage.finish()
-        self._thread.join()
+        try:
+            self._stage.finish()
+        finally:
+            self._thread.join()
         if self._trouble:
             raise self._trouble
+
+    def trouble(self) -> Exception:
+        """Why it takes no more: its own end, or that of the link behind it."""
+        try:
+            self.finish()
+        except (CannotDo, OSError) as error:
+            return error
+        return CannotDo(f"the filter '{self._stage.command}' ended before it had taken everything")
 
     def end(self) -> None:
         self._stage.end()

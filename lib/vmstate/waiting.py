@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import marks
-from .errors import CannotDo, Damaged, Misfit, Refused, Unsettled, VmstateError
+from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
 from .guest import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, wait_for
 from .monitor import Monitor
 
@@ -188,18 +188,27 @@ class Waiting:
             return monitor.human("info network"), monitor.pid(), filters
 
     def discard(self) -> None:
-        """End a guest that has loaded what was then found damaged: as QEMU does when it finds it itself."""
+        """End a guest that has loaded what must not run, as QEMU does when it finds that itself."""
         with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
-            if look(monitor).run != "inmigrate":
+            if look(monitor).run not in ("inmigrate", "running", "suspended") and marks.ARRIVED not in marks.names(
+                monitor
+            ):
                 monitor.ask("quit")
 
     def let_fall(self) -> bool:
-        """Our end is closed: have a guest end that has not loaded everything; False where it has, and is held."""
-        with contextlib.suppress(VmstateError):
+        """Our end is closed: have a guest end that has not loaded everything.
+
+        False where it has, and is held; also where that is not known.
+        """
+        try:
             standing = wait_for(self.path, lambda s: s.migration in ("completed", "failed"), FALLS, "to give up")
             if standing.migration == "completed":
                 return False
             patiently(self.path, lambda monitor: monitor.ask("quit"))
+        except GuestGone:
+            pass
+        except VmstateError:
+            return False
         return True
 
     def fate(self) -> str:

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
-from conftest import Done, Guests, shell
+from conftest import ROOT, Done, Guests, shell
 from vm import Guest, QmpError, until
+from vmstate import link as protocol
 
 from guest.judge import as_it_was, same_memory, went_on
 from guest.test_migrate import MIB, migrating
@@ -125,6 +127,15 @@ def test_a_filter_that_the_receiver_was_told_to_undo(guests: Guests, work: Path)
     )
     assert done.status == 0, done.err
     went_on(source.counts()[-1], there)
+
+
+def test_a_filter_that_ends_early_is_named(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    guests.waiting()
+    done = move(work, link("vm-restore --commit --through cat b.qmp"), "--through", "head -c 300000")
+    assert done.status == 1
+    assert "the filter 'head -c 300000' ended before it had taken everything; the guest runs on" in done.err
+    as_it_was(source)
 
 
 @pytest.mark.parametrize("filters", ["head -c 3000000", "vm-compress | false", "gzip -1 | head -c 3000000"])
@@ -317,6 +328,50 @@ def test_a_bit_is_flipped(guests: Guests, work: Path, kind: str) -> None:
     judge_fault(work, gated(kind, "before", "flip"), source, there)
 
 
+def test_a_receiver_that_speaks_in_riddles(guests: Guests, work: Path) -> None:
+    """What comes from the other side is not trusted."""
+    source = guests.running()
+    for words in ('{"status": [1], "hints": 5}', "[" * 100000, '{"message": "\\u001b[2J", "status": 1}', "{}"):
+        say = f"import sys; sys.path.insert(0, {str(ROOT / 'lib')!r}); from vmstate import link; import zlib\n"
+        say += f"p = {words!r}.encode(); h = link.HEAD.pack(b'vml1', ord('R'), 1, len(p))\n"
+        say += "sys.stdout.buffer.write(h + link.SUM.pack(zlib.crc32(p, zlib.crc32(h))) + p)"
+        (work / "say.py").write_text(say)
+        done = move(work, link(f"{sys.executable} say.py"))
+        assert done.status in (1, 3), done.err
+        assert done.err.startswith("vm-migrate: error: ")
+        assert "Traceback" not in done.err
+        assert "\x1b" not in done.err
+        assert "internal error" not in done.err
+    as_it_was(source)
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        '{"version": 1, "purpose": "move"}',
+        '{"version": 1, "purpose": "move", "move": 5}',
+        '{"version": 1, "purpose": "move", "move": "0123456789abcdef", "through": ["; touch x"]}',
+        '{"version": 1, "purpose": "move", "move": "0123456789abcdef", "through": 7}',
+        '{"version": 1, "purpose": "grant", "move": ["x"]}',
+        '{"version": 1, "purpose": "resume", "move": "0123456789abcdef"}',
+        '{"version": 2}',
+        '{"version": 1, "purpose": ["move"]}',
+        "[]",
+    ],
+)
+def test_a_source_that_speaks_in_riddles(guests: Guests, work: Path, hello: str) -> None:
+    there = guests.waiting("b", kind="metal", mem=64)
+    payload = hello.encode()
+    head = protocol.HEAD.pack(protocol.MAGIC, protocol.HELLO, 1, len(payload))
+    (work / "hello").write_bytes(head + protocol.SUM.pack(zlib.crc32(payload, zlib.crc32(head))) + payload)
+    done = shell("vm-restore --commit b.qmp < hello > answer", work)
+    assert done.status in (1, 3), done.err
+    assert "internal error" not in done.err
+    assert "Traceback" not in done.err
+    assert there.status() == "inmigrate"
+    assert not (work / "x").exists()
+
+
 def test_a_flipped_bit_is_named(guests: Guests, work: Path) -> None:
     source = guests.running()
     guests.waiting()
@@ -377,6 +432,28 @@ def test_detached(guests: Guests, work: Path) -> None:
     went_on(source.counts()[-1], there)
 
 
+def test_whoever_waits_for_its_words_waits_no_longer(guests: Guests, work: Path) -> None:
+    """No process that goes on holds the caller's output open."""
+    source, there = guests.running(), guests.waiting()
+    begun = time.monotonic()
+    done = shell(f"x=$(vm-migrate -q -d --speed 10m a.qmp '{link()}' 2>&1); echo \"<$x>\"", work)
+    assert (done.status, done.text) == (0, "<>\n")
+    assert source.cmd("query-migrate")["status"] in ("setup", "active"), time.monotonic() - begun
+    assert shell("vm-speed a.qmp 0", work).status == 0
+    there.wait_status("running")
+
+
+def test_interrupted_before_it_has_begun(guests: Guests, work: Path) -> None:
+    source = guests.running()
+    process = subprocess.Popen(["vm-migrate", "-d", "a.qmp", link("sleep 30")], cwd=work, stderr=subprocess.PIPE)
+    until(lambda: processes(work, "sleep"), 20, "it waits for the other side")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT, err
+    as_it_was(source)
+    until(lambda: not processes(work, "vm-migrate"), 10, "nothing is left")
+
+
 def test_detached_and_refused_at_once(guests: Guests, work: Path) -> None:
     source = guests.running()
     done = move(work, link("vm-restore --commit no.qmp"), "-d")
@@ -395,6 +472,32 @@ def test_detached_and_the_other_side_dies(guests: Guests, work: Path) -> None:
 
 
 # The way out, by hand
+
+
+def test_two_monitors_and_one_decision(guests: Guests, work: Path) -> None:
+    """Whoever asks by another monitor finds it decided."""
+    source, there = given_away(guests, work)
+    assert source.cmd("qom-list", path="/objects/vmstate-decided")
+    with pytest.raises(QmpError, match="duplicate"):
+        source.cmd("object-add", **{"qom-type": "secret", "id": "vmstate-decided", "data": "x"})
+    done = shell("vm-migrate --settle a.test", work)
+    assert done.status == 5
+    assert (source.status(), there.status()) == ("postmigrate", "paused")
+
+
+def test_one_that_was_kept_is_not_granted(guests: Guests, work: Path) -> None:
+    """Somebody has decided that it stays, and died before it ran."""
+    source, there = given_away(guests, work)
+    move = json.loads(source.cmd("qom-get", path="/objects/vmstate-decided", property="data"))["move"]
+    source.cmd("object-del", id="vmstate-decided")
+    words = json.dumps({"move": move, "what": "kept"})
+    source.cmd("object-add", **{"qom-type": "secret", "id": "vmstate-decided", "data": words})
+    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    assert done.status == 5, done.err
+    assert "this copy is of no use" in done.err
+    assert there.status() == "paused"
+    assert shell("vm-migrate --settle a.qmp", work).text == "a.qmp: the guest is here, and 'running'\n"
+    assert source.running()
 
 
 def given_away(guests: Guests, work: Path) -> tuple[Guest, Guest]:

@@ -51,7 +51,7 @@ class Commit:
         self._near: Monitor | None = None
         self._far: Far | None = None
         self._reason: VmstateError | None = None
-        downtime = FIRST_PAUSE if plan.downtime is None else min(plan.downtime, FIRST_PAUSE)
+        downtime = FIRST_PAUSE if plan.downtime is None else plan.downtime
         mark = {"uri": plan.target.uri, "move": self._move, **({"log": os.path.abspath(plan.log)} if plan.log else {})}
         on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
         self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark)

@@ -1,7 +1,8 @@
 """What is done beside a move that is under way: its pause is kept short, and it does not last for ever.
 
 QEMU stops a guest for the last part as soon as that takes no longer than its downtime-limit, however much shorter it
-would be a round later.  So the limit begins low, and rises round by round to what was asked for.
+would be a round later.  So the limit begins low, and rises round by round to what is set in QEMU; one that was asked
+for stays as it is.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ class Watch:
         self._outgoing = outgoing
         self._found = found
         self._interrupt = interrupt
-        self._most = found.parameters.get(PAUSE, FIRST_PAUSE) if plan.downtime is None else plan.downtime
+        self._most = found.parameters.get(PAUSE, FIRST_PAUSE) if plan.downtime is None else 0
         self._pause, self._round = FIRST_PAUSE, 0
         self._started = time.monotonic()
         self._over = threading.Event()

@@ -33,8 +33,13 @@ def gated(kind: str, when: str, deed: str, whom: str = "-", count: int = 1) -> s
     return link(" ".join(map(str, words)) + f" {RECEIVER}")
 
 
+# In the rounds of a short pause the TCG of QEMU 7.2 loses pages.
+FEW_ROUNDS = ("--downtime", "300")
+
+
 def move(work: Path, uri: str, *options: str) -> Done:
-    return shell(shlex.join(["vm-migrate", *options, "a.qmp", uri]), work)
+    few = () if "--downtime" in options else FEW_ROUNDS
+    return shell(shlex.join(["vm-migrate", *few, *options, "a.qmp", uri]), work)
 
 
 def test_a_guest_is_moved(guests: Guests, work: Path) -> None:
@@ -106,10 +111,15 @@ def test_the_receiver_starts_the_qemu(guests: Guests, work: Path) -> None:
 
 @pytest.mark.parametrize("filters", ["vm-compress", "gzip -1", "vm-compress | vm-encrypt -r me@example.org"])
 def test_through_filters(guests: Guests, work: Path, gnupg: Path, filters: str) -> None:
+    """A guest that stands: a slow way has many rounds, in which the TCG of QEMU 7.2 loses pages of one that runs."""
     source, there = guests.running(), guests.waiting()
+    source.wait_sum()
+    source.cmd("stop")
     done = move(work, link(), "--through", filters)
     assert (done.status, done.err) == (0, "")
-    went_on(source.counts()[-1], there)
+    assert there.status() == "paused"
+    assert shell("vm-cont b.qmp", work).status == 0
+    same_memory(source, there)
 
 
 def test_a_filter_that_the_receiver_was_told_to_undo(guests: Guests, work: Path) -> None:
@@ -242,7 +252,7 @@ def outcome_of(work: Path, uri: str, source: Guest, there: Guest, *options: str)
     words = work / "words"
     both = False
     with words.open("w") as file:
-        command = ["vm-migrate", "--timeout-commit", "3", *options, "a.qmp", uri]
+        command = ["vm-migrate", "--timeout-commit", "3", *FEW_ROUNDS, *options, "a.qmp", uri]
         process = subprocess.Popen(command, cwd=work, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
@@ -303,7 +313,7 @@ def test_it_dies(guests: Guests, work: Path, kind: str, when: str, deed: str) ->
 )
 def test_it_dies_when_the_filters_have_ended(guests: Guests, work: Path, when: str, deed: str) -> None:
     source, there = guests.running(), guests.waiting()
-    judge_fault(work, fault_uri("E", when, deed, source, there), source, there, "--through", "gzip -1")
+    judge_fault(work, fault_uri("E", when, deed, source, there), source, there, "--through", "vm-compress")
 
 
 @pytest.mark.parametrize("kind", ["D", "L", "G"])
@@ -682,6 +692,23 @@ def test_without_postcopy_it_is_cancelled(guests: Guests, work: Path) -> None:
     assert done.status == 1
     assert "hint: a higher --downtime, --auto-converge, --postcopy or vm-speed may help" in done.err
     assert source.running()
+
+
+def test_the_pause_begins_short_and_grows(guests: Guests, work: Path) -> None:
+    source, _ = busy(guests)
+    seen: list[int] = []
+
+    def look() -> bool:
+        seen.append(source.cmd("query-migrate-parameters")["downtime-limit"])
+        return seen[-1] >= 160
+
+    with migrating(work, source, link(), "--speed", "40m") as moving:
+        until(look, 30, "the limit grows", lambda: str(seen))
+        moving.send_signal(signal.SIGTERM)
+        moving.communicate(timeout=30)
+    assert seen[0] < 160
+    assert max(seen) <= 300
+    as_it_was(source)
 
 
 def test_postcopy_that_is_not_needed(guests: Guests, work: Path) -> None:

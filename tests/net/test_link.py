@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, run
 from guest.judge import as_it_was, went_on
+from guest.test_link import FEW_ROUNDS
 from vm import Guest, disk_counts, fsck, until
 
 from net.hosts import Client, Hosts, source_on_a, waiting_on_b
@@ -21,7 +22,7 @@ MAC = "52:54:00:00:00:01"
 
 
 def move(two: Hosts, sshd: Path, *options: str, before: str = "") -> Done:
-    words = shlex.join(["vm-migrate", *options, "a.qmp", f"ssh://hostb{two.folder}/b.qmp"])
+    words = shlex.join(["vm-migrate", *FEW_ROUNDS, *options, "a.qmp", f"ssh://hostb{two.folder}/b.qmp"])
     return two.sh("A", f"VM_SSH='{before}ssh -F {sshd}' {words}")
 
 
@@ -74,7 +75,7 @@ def test_a_host_that_may_only_receive(guests: Guests, two: Hosts, sshd: Path, wo
     done = two.sh("A", f"ssh -F {sshd} hostb 'touch {work}/pwned' < /dev/null")
     assert done.status != 0
     assert not (work / "pwned").exists()
-    done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate a.qmp ssh://hostb/whatever")
+    done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate --downtime 300 a.qmp ssh://hostb/whatever")
     assert (done.status, done.err) == (0, "")
     went_on(source.count() or 0, there)
     done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate --settle a.qmp ssh://hostb/whatever")
@@ -193,7 +194,7 @@ def test_a_disk_locked_by_another(guests: Guests, two: Hosts, sshd: Path, disk: 
     there = guests.waiting("b", qemu=two.qemu("B"), disk=disk)
     before, uri = gate("G", "before", "pause", "6"), f"ssh://hostb{two.folder}/b.qmp"
     ssh = f"VM_SSH={shlex.quote(f'{before}ssh -F {sshd}')}"
-    moving = two.background("A", f"{ssh} vm-migrate --timeout-commit 1 a.qmp {uri} 2> words")
+    moving = two.background("A", f"{ssh} vm-migrate --downtime 300 --timeout-commit 1 a.qmp {uri} 2> words")
     until(lambda: source.status() == "postmigrate", 30, "given away")
     third = guests.start(
         "c", kind="metal", mem=64, extra=["-drive", f"if=none,id=d,file={disk}", "-device", "virtio-blk-pci,drive=d"]
@@ -267,7 +268,9 @@ def back_and_forth(guests: Guests, two: Hosts, times: int) -> None:
         receiver = shlex.join(
             ["ip", "netns", "exec", two.name("B" if name == "A" else "A"), "vm-restore", "--commit", there.qmp]
         )
-        done = two.sh(name, f"vm-migrate --after quit {guest.name}.qmp {shlex.quote(f'link:{receiver}')}")
+        done = two.sh(
+            name, f"vm-migrate --downtime 300 --after quit {guest.name}.qmp {shlex.quote(f'link:{receiver}')}"
+        )
         assert done.status == 0, done.err
         guest.wait_gone()
         assert still(there)

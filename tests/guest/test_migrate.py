@@ -266,7 +266,10 @@ def test_the_next_dump_is_no_move(guests: Guests, work: Path) -> None:
     ("words", "said"),
     [
         ("a.qmp tcp:nowhere", "'tcp:nowhere' is no place to move a guest to"),
-        ("a.qmp /b.sock", "expected tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND"),
+        (
+            "a.qmp /b.sock",
+            "expected tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, link:COMMAND or ssh://[USER@]HOST/GUEST",
+        ),
         ("a.qmp unix:", "is no place"),
         ("a.qmp fd:x", "is no place"),
         ("a.qmp fd:77", "fd:77: bad file descriptor"),

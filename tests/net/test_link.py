@@ -109,8 +109,7 @@ def test_the_network_goes_away(guests: Guests, two: Hosts, sshd: Path) -> None:
     client.lives()
 
 
-@pytest.mark.parametrize("who", ["ssh", "sshd"])
-@pytest.mark.parametrize("kind", ["D", "L", "G"])
+@pytest.mark.parametrize(("kind", "who"), [("D", "ssh"), ("L", "sshd"), ("G", "ssh")])
 def test_ssh_dies(guests: Guests, two: Hosts, sshd: Path, who: str, kind: str) -> None:
     """The client is the child of the gate; the server's process of this connection ends with its descriptor."""
     source, there = source_on_a(guests, two), waiting_on_b(guests, two)
@@ -253,8 +252,8 @@ def still(guest: Guest) -> bool:
 
 
 def test_many_times_back_and_forth(guests: Guests, two: Hosts) -> None:
-    """Five times here, fifty in tests/long."""
-    back_and_forth(guests, two, 5)
+    """A few times here, fifty in tests/long."""
+    back_and_forth(guests, two, 3)
 
 
 def back_and_forth(guests: Guests, two: Hosts, times: int) -> None:

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from . import decision, guest, link, marks, preflight, settle, through
-from .command import hold_signals, no_more_signals, release_signals, signals_wait
+from .command import hold_signals, no_more_signals, release_signals, signals_wait, step_back
 from .crossing import Crossing, finish_postcopy
 from .dump import sample, words_of
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
@@ -240,6 +240,7 @@ class Commit:
             raise CannotDo(f"{why} before the guest was let go; it {words_of(guest.glance(path).run)}")
         try:
             far.tell(link.GO, move=self._move)
+            step_back()
             # Leaving takes time, and others may want it now.
             self._leave_monitor()
             state = str(far.expect(link.RUNNING, RUNS).values.get("state"))

@@ -15,6 +15,9 @@ from .link import ANSWERS, Far, Frame, Way
 from .monitor import Monitor
 from .octets import BLOCK, channel, memory
 
+# How long a QEMU may take to see that its link is lost, in seconds.
+NOTICES = 20.0
+
 
 class Crossing:
     """`sent` counts the bytes that have left."""
@@ -90,7 +93,7 @@ def resume(path: str, way: Way, move: str) -> str:
     Unsettled where the link is lost again, or the other side has no such guest.
     """
     hint = f"once the way is there again: vm-migrate --settle {path} {way.uri}"
-    guest.wait_for(path, lambda s: s.migration == "postcopy-paused", 60, "to notice that its link is lost")
+    guest.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
     far = Far(way)
     ours, theirs = channel()
     try:
@@ -110,14 +113,19 @@ def resume(path: str, way: Way, move: str) -> str:
         far.leave()
 
 
+def _require_taken(found: marks.Marks, path: str, move: str) -> None:
+    if move not in (found.get(name, {}).get("move") for name in (marks.ARRIVED, marks.TAKEN)):
+        raise CannotDo(f"the guest at {path} is not the one of this move")
+
+
 def recover(path: str, move: str) -> socket.socket:
     """On the other side: QEMU takes up its half of such a move; our end of its channel."""
-    guest.wait_for(path, lambda s: s.migration == "postcopy-paused", 60, "to notice that its link is lost")
+    with Monitor(path) as monitor:
+        _require_taken(marks.read(monitor), path, move)
+    guest.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
     ours, theirs = channel()
     with Monitor(path) as monitor:
         found = marks.read(monitor)
-        if move not in (found.get(name, {}).get("move") for name in (marks.ARRIVED, marks.TAKEN)):
-            raise CannotDo(f"the guest at {path} is not the one of this move")
         if marks.ARRIVED not in found:
             # The link was lost in the moment of its crossing.
             decision.arrive(monitor, found[marks.TAKEN], guest.rhythm_of(monitor))

@@ -216,6 +216,7 @@ class Far:
         # Called with what has come, in the thread that hears it; true: that was all it is for.
         self.heard: Any = None
         self.lost = False
+        self._spoke = False
         self._refusal: VmstateError | None = None
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -275,7 +276,9 @@ class Far:
         return self._refusal
 
     def leave(self) -> None:
-        """No more will be said from here; the other side is given time for its last words."""
+        """No more will be said from here; the other side is given time for its last words, if it ever spoke."""
+        if not self._spoke:
+            return self.cut()
         assert self._process.stdin
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -283,6 +286,7 @@ class Far:
             self._process.wait(ENDS)
         except subprocess.TimeoutExpired:
             self.cut()
+        return None
 
     def cut(self) -> None:
         if self.way.command is not None:
@@ -295,6 +299,7 @@ class Far:
     def _listen(self) -> None:
         try:
             while frame := self.link.receive():
+                self._spoke = True
                 if self._said.qsize() > MANY:
                     raise Damaged("the other side says more than was asked")
                 if not (self.heard and self.heard(frame)):

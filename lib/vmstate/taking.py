@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import decision, guest, layout, link, marks, through
-from .command import hold_signals, no_more_signals, release_signals
+from .command import hold_signals, no_more_signals, release_signals, step_back
 from .crossing import recover
 from .errors import CannotDo, Damaged, GuestGone, Unsettled, VmstateError
 from .link import ROOM, Frame, Link
@@ -270,6 +270,7 @@ class Taking:
             self._granted = True
             no_more_signals()
         state = decision.arrive(monitor, self._facts, self._rhythm)
+        step_back()
         with contextlib.suppress(OSError):
             self._link.send(link.RUNNING, state=state)
         with contextlib.suppress(VmstateError):

@@ -9,7 +9,7 @@ import os
 import select
 import socket
 
-from . import decision, guest, layout, link, marks
+from . import decision, guest, link, marks, relay
 from .errors import CannotDo, Unsettled, VmstateError
 from .link import ANSWERS, Far, Frame, Way
 from .monitor import Monitor
@@ -58,11 +58,8 @@ class Crossing:
         raise CannotDo(f"QEMU gave up: {standing.reason}" if standing.reason else "QEMU gave up")
 
     def answer(self, status: int) -> None:
-        """As `relay.Outgoing.answer`."""
-        try:
-            self._qemu.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, status))
-        except OSError as error:
-            raise CannotDo("QEMU gave up when it had sent everything") from error
+        """As `relay.answer`."""
+        relay.answer(self._qemu, status)
 
     def _hear(self, frame: Frame | None) -> bool:
         if frame is None or frame.kind == link.REFUSE:

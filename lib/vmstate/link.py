@@ -56,7 +56,7 @@ class Link:
 
     def __init__(self, reading: int, writing: int, *, sums: bool = True) -> None:
         self._source = FdReader(reading)
-        self.writing = writing
+        self._writing = writing
         self._sums = sums
         self._buffer = memory(MOST)
         self._one_at_a_time = threading.Lock()
@@ -67,12 +67,19 @@ class Link:
         """Raises OSError where the link is gone."""
         payload = json.dumps(values).encode()
         with self._one_at_a_time:
-            write_all(self.writing, _head(kind, SUMMED, payload) + payload)
+            write_all(self._writing, _head(kind, SUMMED, payload) + payload)
+
+    def tell(self, kind: int, **values: Any) -> None:
+        """`send` for one who cannot go on without it: CannotDo where the link is gone."""
+        try:
+            self.send(kind, **values)
+        except OSError as error:
+            raise CannotDo("the link is lost: its source has ended, or the way to it") from error
 
     def send_bytes(self, kind: int, view: memoryview) -> None:
         with self._one_at_a_time:
-            write_all(self.writing, _head(kind, SUMMED if self._sums else 0, view))
-            write_all(self.writing, view)
+            write_all(self._writing, _head(kind, SUMMED if self._sums else 0, view))
+            write_all(self._writing, view)
 
     def receive(self) -> Frame | None:
         """The next frame; None at the end of the link.  Damaged where it is not as it should be."""

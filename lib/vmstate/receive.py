@@ -81,7 +81,7 @@ class Receive:
         """As a move, but for the move."""
         try:
             path, findings = self._look()
-            self._say(link.ACCEPT, guest=path, findings=[finding.as_dict() for finding in findings])
+            self._link.tell(link.ACCEPT, guest=path, findings=[finding.as_dict() for finding in findings])
             return {"guest": path, "state": "inmigrate"}
         finally:
             self._end_process()
@@ -108,11 +108,11 @@ class Receive:
         """Say where the guest stands; a source that has granted it may then say go."""
         path = self._path()
         values = decision.standing_of(path)
-        self._say(link.ACCEPT, **values)
+        self._link.tell(link.ACCEPT, **values)
         while frame := self._link.receive():
             if frame.kind == link.GO:
                 values = self._go_after_all(path, str(frame.values.get("move")))
-                self._say(link.RUNNING, **values)
+                self._link.tell(link.RUNNING, **values)
         return {"guest": path, **values}
 
     def _go_after_all(self, path: str, move: str) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Receive:
             state = guest.patiently(path, lambda monitor: decision.grant(monitor, move))
         except GuestGone:
             state = "gone"
-        self._say(link.ACCEPT, state=state, guest=path, host=socket.gethostname())
+        self._link.tell(link.ACCEPT, state=state, guest=path, host=socket.gethostname())
         return {"guest": path, "state": state}
 
     # the talk
@@ -157,12 +157,6 @@ class Receive:
         if frame.kind != kind:
             raise Damaged(f"the source said '{chr(frame.kind)}' where '{chr(kind)}' was expected")
         return frame
-
-    def _say(self, kind: int, **values: Any) -> None:
-        try:
-            self._link.send(kind, **values)
-        except OSError as error:
-            raise CannotDo("the link is lost: its source has ended, or the way to it") from error
 
     def _end_process(self) -> None:
         if self._process:

@@ -135,6 +135,14 @@ class Peeked:
             count -= len(self._qemu.recv(count))
 
 
+def answer(qemu: socket.socket, status: int) -> None:
+    """Tell a waiting QEMU how the far end fared (0: it has the whole state).  The point of no return."""
+    try:
+        qemu.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, status))
+    except OSError as error:
+        raise CannotDo("QEMU gave up when it had sent everything") from error
+
+
 class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
 
@@ -173,11 +181,8 @@ class Outgoing:
         return court.state
 
     def answer(self, status: int) -> None:
-        """Tell the waiting QEMU how the far end fared (0: it has the whole state).  The point of no return."""
-        try:
-            self._qemu.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, status))
-        except OSError as error:
-            raise CannotDo("QEMU gave up when it had sent everything") from error
+        """As the function `answer`."""
+        answer(self._qemu, status)
 
     def readinto(self, view: memoryview, /) -> int:
         # What has been judged leaves first: it is still in QEMU's socket.

@@ -99,7 +99,7 @@ class Taking:
     def run(self, findings: list[dict[str, Any]]) -> dict[str, Any]:
         """The outcome as values.  findings: what speaks against the move, for the source to tell."""
         try:
-            self._say(link.ACCEPT, guest=self._path, findings=findings)
+            self._link.tell(link.ACCEPT, guest=self._path, findings=findings)
             self._load()
             state = self._finish_postcopy() if self._crossed else self._commit()
         except BaseException as error:
@@ -118,7 +118,7 @@ class Taking:
         self._hello["postcopy"] = True
         self._sink = self._ours.fileno()
         try:
-            self._say(link.ACCEPT)
+            self._link.tell(link.ACCEPT)
             self._load()
             return {"guest": self._path, "state": self._finish_postcopy()}
         except BaseException as error:
@@ -250,7 +250,7 @@ class Taking:
             self._waiting.loaded_in(monitor)
             self._rhythm = guest.rhythm_of(monitor) if self._may_announce else None
             self._loaded = True
-            self._say(link.LOADED, bytes=self._bytes)
+            self._link.tell(link.LOADED, bytes=self._bytes)
             if self._link.comes(SOON):
                 return self._await_go(monitor)
         finally:
@@ -320,12 +320,6 @@ class Taking:
 
     def _refusal(self, error: Exception) -> VmstateError:
         return refusal_of(self._waiting, self._process, error, self._whole)
-
-    def _say(self, kind: int, **values: Any) -> None:
-        try:
-            self._link.send(kind, **values)
-        except OSError as error:
-            raise CannotDo("the link is lost: its source has ended, or the way to it") from error
 
     def _set_clock(self, state: str) -> None:
         """As with the announcement: what fails is a warning."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import marks
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
-from .guest import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, wait_for
+from .guest import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, run_on, wait_for
 from .monitor import Monitor
 
 # How long a QEMU may take to see that its channel has ended, in seconds.
@@ -162,10 +162,7 @@ class Waiting:
 
     def _cont(self, monitor: Monitor) -> None:
         try:
-            monitor.ask("cont")
-            run = look(monitor).run
-            if run not in ("running", "suspended"):
-                raise Refused("cont", f"the guest stays '{run}'")
+            run_on(monitor)
         except Refused as error:
             raise Unsettled(
                 f"the state is loaded, but the guest at {self.path} stands paused: {error.text}",

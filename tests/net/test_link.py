@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, run
 from guest.judge import as_it_was, went_on
-from guest.test_link import FEW_ROUNDS
-from vm import Guest, disk_counts, fsck, until
+from guest.test_link import FEW_ROUNDS, runs
+from vm import disk_counts, fsck, until
 
 from net.hosts import Client, Hosts, source_on_a, waiting_on_b
 
@@ -120,7 +120,7 @@ def test_ssh_dies(guests: Guests, two: Hosts, sshd: Path, who: str, kind: str) -
         sessions = "pkill -KILL -f 'sshd: root@notty'"
         two.background("B", f"until [ -e {two.folder}/once ]; do sleep 0.02; done; {sessions}")
         done = move(two, sshd, "--timeout-commit", "5", before=gate(kind, "after", "pause", "1"))
-    running = [guest for guest in (source, there) if guest.alive() and guest.status() == "running"]
+    running = [guest for guest in (source, there) if runs(guest)]
     assert len(running) == 1, (source.status(), there.status(), done.err)
     assert (done.status, running[0]) in ((0, there), (1, source)), done.err
     if kind != "D":
@@ -247,10 +247,6 @@ def test_a_clock_that_cannot_be_set(guests: Guests, two: Hosts, sshd: Path) -> N
     went_on(source.count() or 0, there)
 
 
-def still(guest: Guest) -> bool:
-    return guest.alive() and guest.status() == "running"
-
-
 def test_many_times_back_and_forth(guests: Guests, two: Hosts) -> None:
     """A few times here, fifty in tests/long."""
     back_and_forth(guests, two, 3)
@@ -272,7 +268,7 @@ def back_and_forth(guests: Guests, two: Hosts, times: int) -> None:
         )
         assert done.status == 0, done.err
         guest.wait_gone()
-        assert still(there)
+        assert runs(there)
         name, guest = "B" if name == "A" else "A", there
         client.lives()
     guest.wait_sum()

@@ -157,32 +157,11 @@ class Judge:
         state = self.state
         state.size = record.offset + 5 + len(record.data)
         try:
-            self._judge_devices(record)
+            take_devices(state, self._devices, record)
             self._judge_pages()
         except UNREADABLE as error:
             raise Damaged(f"the description at offset {record.offset} cannot be read: {error}") from error
         self.ended = True
-
-    def _judge_devices(self, description: Description) -> None:
-        state = self.state
-        state.description = parse_description(description.data)
-        devices = list(state.description["devices"])
-        names = {str(device["name"]) for device in devices}
-        rest = devices
-        for record in self._devices:
-            if record.early and (name := name_of(record.data)).endswith(EARLY) and name not in names:
-                state.parts.append(undescribed(record.data, record.offset))
-                continue
-            found = sections(record.data, rest, record.offset)
-            state.parts, rest = state.parts + found, rest[len(found) :]
-        if rest:
-            name = rest[0].get("name")
-            raise Damaged(f"end mark at offset {description.offset - 1}, but the description expects section {name!r}")
-        for part in state.parts:
-            if part.name == "globalstate":
-                state.runstate = runstate_of(part.payload, part.described)
-        if not state.runstate:
-            raise Damaged("no section 'globalstate' with a run state before the end mark")
 
     def _judge_pages(self) -> None:
         if "x-ignore-shared" in self.state.capabilities or any(
@@ -195,6 +174,31 @@ class Judge:
                 where = f"RAM block {page_map.block.text!r}, the first at {page_map.first_unsent():#x}"
                 text = f"{missing} of {page_map.pages} pages are not in the state: {where}"
                 raise Damaged(text, "a state saved with multifd has its pages elsewhere; vm-dump saves without it")
+
+
+def take_devices(state: State, records: list[Devices], description: Description) -> None:
+    """Description, parts and run state of `state`, from the device sections; Damaged where they do not fit each other.
+
+    Raises `UNREADABLE` where the description cannot be read.
+    """
+    state.description = parse_description(description.data)
+    devices = list(state.description["devices"])
+    names = {str(device["name"]) for device in devices}
+    rest = devices
+    for record in records:
+        if record.early and (name := name_of(record.data)).endswith(EARLY) and name not in names:
+            state.parts.append(undescribed(record.data, record.offset))
+            continue
+        found = sections(record.data, rest, record.offset)
+        state.parts, rest = state.parts + found, rest[len(found) :]
+    if rest:
+        name = rest[0].get("name")
+        raise Damaged(f"end mark at offset {description.offset - 1}, but the description expects section {name!r}")
+    for part in state.parts:
+        if part.name == "globalstate":
+            state.runstate = runstate_of(part.payload, part.described)
+    if not state.runstate:
+        raise Damaged("no section 'globalstate' with a run state before the end mark")
 
 
 def judge(

@@ -118,11 +118,14 @@ def _inflated(record: Packed, page: int) -> bytes:
     return data
 
 
-def kinds(maps: list[PageMap], prints: Fingerprints) -> dict[bytes, "NDArray[np.uint8]"]:
-    """For each block what each page is: UNSENT, ZERO, PLAIN, DUPLICATE (an earlier page is the same), REWRITTEN."""
+def kinds(maps: list[PageMap], prints: Fingerprints | None) -> dict[bytes, "NDArray[np.uint8]"]:
+    """For each block what each page is: UNSENT, ZERO, PLAIN, DUPLICATE (an earlier page is the same), REWRITTEN.
+
+    Without fingerprints none is a duplicate.
+    """
     sent = {page_map.block.name: np.frombuffer(page_map.kinds(), np.uint8) for page_map in maps}
     found = {name: _KINDS[values] for name, values in sent.items()}
-    pieces = list(prints.pieces())
+    pieces = list(prints.pieces()) if prints else []
     same = _repeated([numbers for _, _, numbers in pieces])
     for name, places, numbers in pieces:
         found[name][places[same[: len(numbers)]]] = DUPLICATE

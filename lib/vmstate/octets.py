@@ -161,14 +161,17 @@ class Pushback:
 def read_up_to(source: Reader, count: int) -> bytes:
     """`count` bytes, fewer only where the input ends."""
     data = bytearray(count)
-    have = 0
     with memoryview(data) as view:
-        while have < count:
-            got = source.readinto(view[have:])
-            if not got:
-                break
-            have += got
+        have = fill(source, view)
     return bytes(data[:have])
+
+
+def fill(source: Reader, view: memoryview) -> int:
+    """Bytes of `source` in `view`; fewer than it has room for only where the input ends."""
+    have = 0
+    while have < len(view) and (count := source.readinto(view[have:])):
+        have += count
+    return have
 
 
 class Output:

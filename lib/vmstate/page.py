@@ -44,7 +44,8 @@ def _words_of_machine(machine: str) -> str:
 def _blocks(blocks: list[dict[str, Any]]) -> list[list[str]]:
     names = ("normal", "duplicate", "zero", "rewritten", "unsent")
     rows = [["RAM block", "size", *names]]
-    return rows + [[b["name"], size_words(b["bytes"]), *(f"{b[name]:,}" for name in names)] for b in blocks]
+    cells = [["-" if b[name] is None else f"{b[name]:,}" for name in names] for b in blocks]
+    return rows + [[b["name"], size_words(b["bytes"]), *row] for b, row in zip(blocks, cells, strict=True)]
 
 
 def _vcpus(found: list[dict[str, Any]]) -> list[list[str]]:

@@ -58,11 +58,14 @@ class PageMap:
                 return (number * CHUNK + at) * self.page
         return None
 
-    def kinds(self) -> bytes:
-        """A byte for each page: UNSENT, ZERO or NORMAL, with AGAIN where it was sent more than once."""
+    def kinds(self, first: int = 0, count: int | None = None) -> bytes:
+        """A byte for each page from `first` on, at most `count`: UNSENT, ZERO or NORMAL, with AGAIN where it was sent
+        more than once."""
         empty = bytes(CHUNK)
-        chunks = (bytes(self._chunks.get(number, empty)) for number in range(-(-self.pages // CHUNK)))
-        return b"".join(chunks)[: self.pages]
+        end = self.pages if count is None else min(self.pages, first + count)
+        numbers = range(first // CHUNK, -(-end // CHUNK))
+        found = b"".join(bytes(self._chunks.get(number, empty)) for number in numbers)
+        return found[first % CHUNK :][: end - first]
 
     def count(self) -> dict[str, int]:
         """Pages by what they are at the end of the stream; rewritten: those of them that were sent more than once."""

@@ -13,6 +13,7 @@ from .facts import nics, vcpus
 from .fingerprint import DUPLICATE, Fingerprints, differing, kinds
 from .octets import Reader
 from .pages import PageMap
+from .vmzfile import VmzFile, state_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,10 +28,10 @@ COMMANDS = {
 
 @dataclass
 class Survey:
-    """A whole state that has been looked through."""
+    """A whole state that has been looked through; prints: None where the pages themselves were not."""
 
     state: State
-    prints: Fingerprints
+    prints: Fingerprints | None
 
     @cached_property
     def devices(self) -> list[Device]:
@@ -52,7 +53,7 @@ class Survey:
             "bytes": page_map.block.size,
             "page": page_map.page,
             **counts,
-            "duplicate": int((kind == DUPLICATE).sum()),
+            "duplicate": int((kind == DUPLICATE).sum()) if self.prints else None,
             "resent": page_map.again,
         }
 
@@ -100,11 +101,22 @@ def survey(source: Reader) -> Survey:
     """Look through a state; Damaged where it is not whole, CannotDo where a block has too many pages to be shown."""
     prints = Fingerprints()
     state = judge(source, see=prints.see)
+    _require_shown(state)
+    return Survey(state, prints)
+
+
+def _require_shown(state: State) -> None:
     for page_map in state.maps.values():
         if page_map.pages > PAGES_LIMIT:
             text = f"RAM block {page_map.block.text!r} has {page_map.pages} pages: more than can be shown here"
             raise CannotDo(text, "vm-verify judges it all the same")
-    return Survey(state, prints)
+
+
+def survey_index(file: VmzFile) -> Survey:
+    """What the index of a .vmz knows, without its pages; CannotDo where it has none."""
+    state = state_of(file)
+    _require_shown(state)
+    return Survey(state, None)
 
 
 def leaves(device: Device) -> Iterator[tuple[str, Any]]:
@@ -157,6 +169,7 @@ def difference(one: Survey, other: Survey) -> Difference:
     for name in dict.fromkeys([*maps, *others]):
         both = name in maps and name in others
         text = (maps.get(name) or others[name]).block.text
+        assert one.prints and other.prints
         pages[text] = differing(one.prints.of(maps[name]), other.prints.of(others[name])) if both else None
     return Difference(pages, list(_changed(one.devices, other.devices)))
 

@@ -1,0 +1,247 @@
+"""A .vmz in a file that can seek: its end record first, then any page or any bytes of its content."""
+
+import os
+import struct
+from bisect import bisect_right
+from collections import OrderedDict
+from itertools import accumulate
+from typing import Any
+
+from . import compression, index, vmz, zstd
+from .check import Judge, State, take_devices
+from .description import UNREADABLE
+from .errors import CannotDo, Damaged
+from .octets import Reader
+from .pages import NORMAL
+from .reader import StateReader
+from .records import Blocks, Description, Devices
+
+# Of frames that have been unpacked
+CACHE = 32 << 20
+
+
+class VmzFile:
+    """The file that `fd` stands at the beginning of.  Damaged where its end record is not there or not its own.
+
+    Frames are checked when they are first needed.  `cache` bounds the unpacked frames that are kept, in bytes.
+    """
+
+    def __init__(self, fd: int, cache: int = CACHE) -> None:
+        self._fd = fd
+        self._base = os.lseek(fd, 0, os.SEEK_CUR)
+        self.size = os.fstat(fd).st_size - self._base
+        magic, size = self._header(0, "the head")
+        if magic != zstd.SKIPPABLE + vmz.HEAD:
+            raise Damaged(f"no .vmz: found a frame {magic:#x} at offset 0")
+        self.tally = vmz.parse_head(self._pread(size, vmz.FRAME_HEAD.size, "the head"))
+        self.head = vmz.FRAME_HEAD.size + size
+        self.end = self._find_end()
+        self.records = self._read_end()
+        self._read_groups()
+        self._frames: OrderedDict[int, bytes] = OrderedDict()
+        self._keep = max(2, cache // self.tally.size)
+        self._tables: dict[int, tuple[list[int], vmz.Table]] = {}
+        self._unpack = zstd.unpacker()
+        self._zero = memoryview(bytes(64 << 10))
+        self.blocks = self._read_blocks()
+
+    # the end of the file
+
+    def _pread(self, count: int, offset: int, what: str) -> bytes:
+        data = os.pread(self._fd, count, self._base + offset)
+        while 0 < len(data) < count:
+            more = os.pread(self._fd, count - len(data), self._base + offset + len(data))
+            if not more:
+                break
+            data += more
+        if len(data) < count:
+            raise Damaged(f"truncated at offset {offset + len(data)}, in {what}")
+        return data
+
+    def _header(self, offset: int, what: str) -> tuple[int, int]:
+        magic, size = vmz.FRAME_HEAD.unpack(self._pread(vmz.FRAME_HEAD.size, offset, what))
+        return int(magic), int(size)
+
+    def _find_end(self) -> int:
+        """The offset of the end record, by way of the seek table, which is the last thing in the file."""
+        no_end = f"truncated at offset {self.size}: the file does not end with a seek table, as every whole .vmz does"
+        if self.size < self.head + vmz.SEEK_END.size:
+            raise Damaged(no_end)
+        last = self._pread(vmz.SEEK_END.size, self.size - vmz.SEEK_END.size, "the seek table")
+        count, descriptor, magic = vmz.SEEK_END.unpack(last)
+        seek = self.size - vmz.FRAME_HEAD.size - count * vmz.SEEK_ENTRY.size - vmz.SEEK_END.size
+        if magic != vmz.SEEK_MAGIC or descriptor != vmz.SEEK_CHECKSUMS or not count or seek < self.head:
+            raise Damaged(no_end)
+        entry = self._pread(vmz.SEEK_ENTRY.size, self.size - vmz.SEEK_END.size - vmz.SEEK_ENTRY.size, "the seek table")
+        end: int = seek - vmz.SEEK_ENTRY.unpack(entry)[0]
+        expected = (zstd.SKIPPABLE + vmz.SEEK, self.size - seek - vmz.FRAME_HEAD.size)
+        if end < self.head or self._header(seek, "the seek table") != expected:
+            raise Damaged(f"corrupt seek table at the end of the file, offset {seek}")
+        if self._header(end, "the end record") != (zstd.SKIPPABLE + vmz.END, seek - end - vmz.FRAME_HEAD.size):
+            raise Damaged(f"no end record at offset {end}, where the seek table has it")
+        self._seek = seek
+        return end
+
+    def _read_end(self) -> dict[int, list[bytes]]:
+        size = self._seek - self.end - vmz.FRAME_HEAD.size
+        if size > vmz.END_LIMIT:
+            raise Damaged(f"end record at offset {self.end}: found {size} bytes")
+        return vmz.parse_end(self._pread(size, self.end + vmz.FRAME_HEAD.size, "the end record"), self.end)
+
+    def _read_groups(self) -> None:
+        tally = self.tally
+        try:
+            content, packed, count, crc = vmz.TOTALS.unpack(self.records[vmz.REC_TOTALS][0])
+            data = vmz.unpack(self.records[vmz.REC_GROUPS][0], vmz.INDEX_LIMIT, self.end)
+            if len(data) != 16 * count:
+                raise ValueError("it has not one entry for each group")
+        except (KeyError, ValueError, struct.error) as error:
+            raise Damaged(f"end record at offset {self.end}: no table of groups that can be read: {error}") from error
+        tally.contents, tally.packed = (vmz.numbers(data[at : at + 4 * count]) for at in (0, 4 * count))
+        tally.digests = vmz.numbers(data[8 * count :], "Q")
+        self._starts = list(accumulate(tally.contents, initial=0))
+        self._offsets = list(accumulate(tally.packed, initial=self.head))
+        tally.content, tally.offset = self._starts.pop(), self._offsets.pop()
+        same = (content, packed, tally.offset) == (tally.content, self.end, self.end)
+        if not same or tally.totals() != self.records[vmz.REC_TOTALS][0]:
+            raise Damaged(f"end record at offset {self.end} is not that of this file")
+
+    def _read_blocks(self) -> dict[bytes, index.BlockIndex]:
+        found = [index.parse_block(data, self.end) for data in self.records.get(vmz.REC_BLOCK, ())]
+        return {block.block.name: block for block in found}
+
+    # what is in it
+
+    @property
+    def facts(self) -> dict[str, Any] | None:
+        """What the index says of the state; None where there is no index."""
+        return index.parse_facts(self.records, self.end)
+
+    @property
+    def content(self) -> int:
+        """Bytes of the content."""
+        return self.tally.content
+
+    def page(self, name: bytes, number: int) -> memoryview | None:
+        """Page `number` of the RAM block `name` as it was last; None where it was never sent.
+
+        Raises KeyError and IndexError where there is none, LookupError where it was sent as a difference only, Damaged.
+        """
+        block = self.blocks[name]
+        kind, place = block.find(number)
+        if kind & index.PACKED:
+            raise LookupError(f"page {number} of {block.block.text!r} was sent as a difference, or packed")
+        if kind & NORMAL:
+            return self.read(place, block.page)
+        return self._zero[: block.page] if kind else None
+
+    def read(self, offset: int, count: int) -> memoryview:
+        """`count` bytes of the content; IndexError where there are not so many."""
+        if offset < 0 or offset + count > self.content:
+            raise IndexError(f"bytes {offset} to {offset + count} of {self.content}")
+        group = bisect_right(self._starts, offset) - 1
+        number, at = divmod(offset - self._starts[group], self.tally.size)
+        frame = self.frame(group, number)
+        if at + count <= len(frame):
+            return memoryview(frame)[at : at + count]
+        found = bytearray()
+        while len(found) < count:
+            found += frame[at : at + count - len(found)]
+            at, number = 0, number + 1
+            if number * self.tally.size >= self.tally.contents[group]:
+                group, number = group + 1, 0
+            if len(found) < count:
+                frame = self.frame(group, number)
+        return memoryview(found)
+
+    def frame(self, group: int, number: int) -> bytes:
+        """The content of a frame, proven by its two checksums."""
+        key = group * vmz.MOST_FRAMES + number
+        found = self._frames.get(key)
+        if found is None:
+            found = self._read_frame(group, number)
+            self._frames[key] = found
+            if len(self._frames) > self._keep:
+                self._frames.popitem(last=False)
+        else:
+            self._frames.move_to_end(key)
+        return found
+
+    def _read_frame(self, group: int, number: int) -> bytes:
+        offsets, table = self._table(group)
+        packed = self._pread(table.sizes[number], offsets[number], "a frame")
+        vmz.check_frame(packed, table.digests[number], offsets[number])
+        size = min(self.tally.size, table.content - number * self.tally.size)
+        return self._unpack(packed, size, offsets[number])
+
+    def _table(self, group: int) -> tuple[list[int], vmz.Table]:
+        """Where the frames of a group lie, and the table before them."""
+        if group not in self._tables:
+            offset = self._offsets[group]
+            magic, size = self._header(offset, "a table of frames")
+            if magic != zstd.SKIPPABLE + vmz.TABLE or size > vmz.TABLE_LIMIT:
+                raise Damaged(f"no table of frames at offset {offset}")
+            raw = self._pread(size, offset + vmz.FRAME_HEAD.size, "a table of frames")
+            table = vmz.parse_table(raw, self.tally.size, offset)
+            facts = (table.digest, table.content, vmz.FRAME_HEAD.size + size + sum(table.sizes))
+            if facts != (self.tally.digests[group], self.tally.contents[group], self.tally.packed[group]):
+                raise Damaged(f"table of frames at offset {offset} is not the one that the end record knows")
+            offsets = list(accumulate(table.sizes, initial=offset + vmz.FRAME_HEAD.size + size))
+            self._tables[group] = (offsets, table)
+        return self._tables[group]
+
+    def reader(self, offset: int, end: int | None = None) -> Reader:
+        """The content from `offset` on, up to `end`, as a `Reader`."""
+        return _Part(self, offset, self.content if end is None else end)
+
+
+def vmz_file(fd: int) -> VmzFile | None:
+    """The .vmz that `fd` stands at the beginning of; None where it cannot seek, or is no .vmz."""
+    try:
+        at = os.lseek(fd, 0, os.SEEK_CUR)
+        first = os.pread(fd, compression.FIRST, at)
+    except OSError:
+        return None
+    return VmzFile(fd) if compression.recognise(first) == "vmz" else None
+
+
+class _Part:
+    def __init__(self, file: VmzFile, at: int, end: int) -> None:
+        self._file = file
+        self._at, self._end = at, end
+
+    def readinto(self, view: memoryview, /) -> int:
+        count = min(len(view), self._end - self._at, self._file.tally.size)
+        if count > 0:
+            view[:count] = self._file.read(self._at, count)
+            self._at += count
+        return max(0, count)
+
+
+def state_of(file: VmzFile) -> State:
+    """The state as its index has it; of its content only head and devices are read.  CannotDo without an index."""
+    facts = file.facts
+    if facts is None:
+        raise CannotDo("this .vmz has no index: it was packed with --any", "unpack it: vm-compress -d --any")
+    court = Judge()
+    for record in StateReader(file.reader(0)):
+        court.see(record)
+        if isinstance(record, Blocks):
+            break
+    state = court.state
+    try:
+        for name in index.FACTS:
+            setattr(state, name, facts[name])
+        state.maps = {name: block.page_map() for name, block in file.blocks.items()}
+        devices = [_devices(file, span, True) for span in facts["early"]] + [_devices(file, facts["devices"], False)]
+        offset, size = facts["description"]
+        description = Description(bytes(file.read(offset + 5, size)), offset=offset)
+        take_devices(state, devices, description)
+    except (*UNREADABLE, IndexError) as error:
+        raise Damaged(f"the index does not fit the state: {error}") from error
+    return state
+
+
+def _devices(file: VmzFile, span: tuple[int, int], early: bool) -> Devices:
+    offset, size = span
+    return Devices(bytes(file.read(offset, size)), early, offset=offset)

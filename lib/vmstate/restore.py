@@ -21,6 +21,7 @@ from .progress import Progress, Sample
 from .relay import Head, Incoming, QemuStopped, read_head
 from .report import Report
 from .stage import Stage
+from .vmzfile import vmz_file
 from .waiting import Waiting, refusal, require_fit, require_waiting
 
 
@@ -87,6 +88,9 @@ class Restore:
         """The head of the plain state, the bytes read for it, and where the rest comes from."""
         source = FdReader(self._fd)
         first = read_up_to(source, compression.FIRST)
+        if not self._stage:
+            # Before QEMU gets a byte: a file that was not finished has no end record.
+            vmz_file(self._fd, len(first))
         plain = compression.unpacked(source, first)
         head, ahead = read_head(plain)
         if compression.recognise(first) == "state" and not self._stage:

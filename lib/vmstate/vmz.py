@@ -20,14 +20,16 @@ from .errors import Damaged
 from .octets import Reader, exactly, fill, memory, read_up_to, write_all
 
 VERSION = 1
-FRAME = 256 << 10
-GROUP = 4 << 20
-# What a reader takes of others, in groups of at most GROUP bytes.
+# Measured on guests' RAM: with less the file grows, with more a page takes longer than half a millisecond.
+FRAME = 160 << 10
+GROUP = 25 * FRAME
+# What a reader takes of others
 LEAST_FRAME, MOST_FRAME = 64 << 10, 1 << 20
-MOST_FRAMES = GROUP // LEAST_FRAME
+MOST_GROUP = 4 << 20
+MOST_FRAMES = MOST_GROUP // LEAST_FRAME
 END_LIMIT = INDEX_LIMIT = 1 << 30
 # Frames of bytes that cannot be packed are a little larger than those are.
-MOST_PACKED = GROUP + GROUP // 32
+MOST_PACKED = MOST_GROUP + MOST_GROUP // 32
 # A thread has a group and its frames; all together they stay below what a filter may use.
 MEMORY = 128 << 20
 # Groups that are done, or wait, while all threads work
@@ -296,7 +298,7 @@ def parse_table(raw: bytes, size: int, offset: int) -> Table:
         raise Damaged(f"corrupt table of frames at offset {offset}")
     content = int.from_bytes(raw[8:12], "little")
     sizes, digests = zip(*TABLE_ENTRY.iter_unpack(raw[TABLE_HEAD.size :]), strict=True)
-    sensible = content <= GROUP and -(-content // size) == count
+    sensible = content <= MOST_GROUP and -(-content // size) == count
     if not sensible or not all(8 <= packed <= size + size // 64 for packed in sizes):
         raise Damaged(f"table of frames at offset {offset} makes no sense: {count} frames for {content} bytes")
     return Table(raw, content, sizes, digests)

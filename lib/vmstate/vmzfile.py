@@ -21,14 +21,16 @@ CACHE = 32 << 20
 
 
 class VmzFile:
-    """The file that `fd` stands at the beginning of.  Damaged where its end record is not there or not its own.
+    """The file that begins `ahead` bytes before where `fd` stands.
+
+    Damaged where its end record is not there or not its own.
 
     Frames are checked when they are first needed.  `cache` bounds the unpacked frames that are kept, in bytes.
     """
 
-    def __init__(self, fd: int, cache: int = CACHE) -> None:
+    def __init__(self, fd: int, ahead: int = 0, cache: int = CACHE) -> None:
         self._fd = fd
-        self._base = os.lseek(fd, 0, os.SEEK_CUR)
+        self._base = os.lseek(fd, 0, os.SEEK_CUR) - ahead
         self.size = os.fstat(fd).st_size - self._base
         magic, size = self._header(0, "the head")
         if magic != zstd.SKIPPABLE + vmz.HEAD:
@@ -195,14 +197,14 @@ class VmzFile:
         return _Part(self, offset, self.content if end is None else end)
 
 
-def vmz_file(fd: int) -> VmzFile | None:
-    """The .vmz that `fd` stands at the beginning of; None where it cannot seek, or is no .vmz."""
+def vmz_file(fd: int, ahead: int = 0) -> VmzFile | None:
+    """The .vmz that begins `ahead` bytes before where `fd` stands; None where it cannot seek, or is no .vmz."""
     try:
-        at = os.lseek(fd, 0, os.SEEK_CUR)
+        at = os.lseek(fd, 0, os.SEEK_CUR) - ahead
         first = os.pread(fd, compression.FIRST, at)
     except OSError:
         return None
-    return VmzFile(fd) if compression.recognise(first) == "vmz" else None
+    return VmzFile(fd, ahead) if compression.recognise(first) == "vmz" else None
 
 
 class _Part:

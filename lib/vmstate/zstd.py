@@ -21,8 +21,8 @@ CONTENT_SIZE_FIELD = (0, 2, 4, 8)
 DICTIONARY_FIELD = (0, 1, 2, 4)
 # What `zstd -d` takes without being asked for more.
 WINDOW = 128 << 20
-# Measured on guests' RAM at level 1, in frames of 256 KiB: 1 % smaller than with the usual 14, and no slower.
-HASH_LOG = {1: 15}
+# Measured on guests' RAM in frames of 160 KiB: 2 % smaller than with what level 1 has for that size, and no slower.
+TUNED = {1: {"hash_log": 15, "min_match": 5}}
 
 
 def packer(level: int, size: int) -> "tuple[Callable[[memoryview], bytes], int]":
@@ -33,9 +33,8 @@ def packer(level: int, size: int) -> "tuple[Callable[[memoryview], bytes], int]"
     import zstandard
 
     _keep_memory()
-    tuned = {"hash_log": HASH_LOG[level]} if level in HASH_LOG else {}
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, source_size=size, write_checksum=True, write_content_size=True, **tuned
+        level, source_size=size, write_checksum=True, write_content_size=True, **TUNED.get(level, {})
     )
     made = zstandard.ZstdCompressor(compression_params=parameters)
     return made.compress, parameters.estimated_compression_context_size()

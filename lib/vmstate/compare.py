@@ -16,7 +16,8 @@ from .facts import pci as pci_of
 from .monitor import Monitor
 from .octets import HOLD
 from .records import Blocks, Configuration, Record
-from .vmzfile import state_of, vmz_file
+from .statefile import state_of
+from .vmzfile import vmz_file
 from .waiting import DEVICES, misfits, require_waiting
 
 # What QMP cannot tell before a guest is loaded.

@@ -240,6 +240,12 @@ def parse_block(data: bytes, offset: int) -> BlockIndex:
     return BlockIndex(Block(name, size), page, again, starts, kinds, places)
 
 
+def parse_blocks(records: dict[int, list[bytes]], offset: int) -> dict[bytes, BlockIndex]:
+    """The RAM blocks of an end record at `offset`, by name."""
+    found = [parse_block(data, offset) for data in records.get(vmz.REC_BLOCK, ())]
+    return {block.block.name: block for block in found}
+
+
 def parse_facts(records: dict[int, list[bytes]], offset: int) -> dict[str, Any] | None:
     """What the index says of the state; None where there is no index.  Damaged where it cannot be read."""
     if vmz.REC_STATE not in records:

@@ -9,7 +9,7 @@ from typing import Any
 from . import compression, vmz
 from .check import judge
 from .errors import CannotDo, Damaged
-from .index import Places, parse_block, parse_facts
+from .index import Places, parse_blocks, parse_facts
 from .octets import HOLD, Pushback, Reader, blocks, read_up_to, write_all
 from .vmzfile import vmz_file
 from .zstd import Unzstd
@@ -114,8 +114,7 @@ def _held(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 def _check_index(unvmz: vmz.Unvmz) -> None:
     assert unvmz.records is not None
-    for data in unvmz.records.get(vmz.REC_BLOCK, ()):
-        parse_block(data, unvmz.tally.offset)
+    parse_blocks(unvmz.records, unvmz.tally.offset)
     parse_facts(unvmz.records, unvmz.tally.offset)
 
 
@@ -137,7 +136,7 @@ def listing(source: Reader, fd: int) -> dict[str, Any]:
         size, frames = tally.offset, sum(-(-content // tally.size) for content in tally.contents)
     index = sum(len(data) for kind in (vmz.REC_STATE, vmz.REC_BLOCK) for data in records.get(kind, ()))
     facts = parse_facts(records, 0) or {}
-    found = [parse_block(data, 0) for data in records.get(vmz.REC_BLOCK, ())]
+    found = parse_blocks(records, 0).values()
     return {
         "machine": facts.get("machine"),
         "runstate": facts.get("runstate"),

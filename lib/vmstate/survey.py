@@ -13,7 +13,7 @@ from .facts import nics, vcpus
 from .fingerprint import DUPLICATE, Fingerprints, differing, kinds
 from .octets import Reader
 from .pages import PageMap
-from .vmzfile import VmzFile, state_of
+from .statefile import StateFile, state_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -112,7 +112,7 @@ def _require_shown(state: State) -> None:
             raise CannotDo(text, "vm-verify judges it all the same")
 
 
-def survey_index(file: VmzFile) -> Survey:
+def survey_index(file: StateFile) -> Survey:
     """What the index of a .vmz knows, without its pages; CannotDo where it has none."""
     state = state_of(file)
     _require_shown(state)

@@ -2,30 +2,28 @@
 
 import os
 import struct
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
+from threading import Lock, local
 from typing import Any
 
 from . import compression, index, vmz, zstd
-from .check import Judge, State, take_devices
-from .description import UNREADABLE
-from .errors import CannotDo, Damaged
-from .octets import Reader
-from .pages import NORMAL
-from .reader import StateReader
-from .records import Blocks, Description, Devices
+from .errors import Damaged
+from .statefile import StateFile
 
 # Of frames that have been unpacked
 CACHE = 32 << 20
 
 
-class VmzFile:
+class VmzFile(StateFile):
     """The file that begins `ahead` bytes before where `fd` stands.
 
     Damaged where its end record is not there or not its own.
 
-    Frames are checked when they are first needed.  `cache` bounds the unpacked frames that are kept, in bytes.
+    Frames are checked when they are first needed.  `cache` bounds the unpacked frames that are kept, in bytes.  Several
+    threads may read it.
     """
 
     def __init__(self, fd: int, ahead: int = 0, cache: int = CACHE) -> None:
@@ -43,9 +41,12 @@ class VmzFile:
         self._frames: OrderedDict[int, bytes] = OrderedDict()
         self._keep = max(2, cache // self.tally.size)
         self._tables: dict[int, tuple[list[int], vmz.Table]] = {}
-        self._unpack = zstd.unpacker()
-        self._zero = memoryview(bytes(64 << 10))
-        self.blocks = self._read_blocks()
+        self._lock = Lock()
+        self._own = local()
+        self.blocks = index.parse_blocks(self.records, self.end)
+        size = self.tally.size
+        starts = zip(self._starts, self.tally.contents, strict=True)
+        self.pieces = array("Q", (at for start, count in starts for at in range(start, start + count, size)))
 
     # the end of the file
 
@@ -104,41 +105,18 @@ class VmzFile:
         self._starts = list(accumulate(tally.contents, initial=0))
         self._offsets = list(accumulate(tally.packed, initial=self.head))
         tally.content, tally.offset = self._starts.pop(), self._offsets.pop()
+        self.content = tally.content
         same = (content, packed, tally.offset) == (tally.content, self.end, self.end)
         if not same or tally.totals() != self.records[vmz.REC_TOTALS][0]:
             raise Damaged(f"end record at offset {self.end} is not that of this file")
-
-    def _read_blocks(self) -> dict[bytes, index.BlockIndex]:
-        found = [index.parse_block(data, self.end) for data in self.records.get(vmz.REC_BLOCK, ())]
-        return {block.block.name: block for block in found}
 
     # what is in it
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """What the index says of the state; None where there is no index."""
         return index.parse_facts(self.records, self.end)
 
-    @property
-    def content(self) -> int:
-        """Bytes of the content."""
-        return self.tally.content
-
-    def page(self, name: bytes, number: int) -> memoryview | None:
-        """Page `number` of the RAM block `name` as it was last; None where it was never sent.
-
-        Raises KeyError and IndexError where there is none, LookupError where it was sent as a difference only, Damaged.
-        """
-        block = self.blocks[name]
-        kind, place = block.find(number)
-        if kind & index.PACKED:
-            raise LookupError(f"page {number} of {block.block.text!r} was sent as a difference, or packed")
-        if kind & NORMAL:
-            return self.read(place, block.page)
-        return self._zero[: block.page] if kind else None
-
     def read(self, offset: int, count: int) -> memoryview:
-        """`count` bytes of the content; IndexError where there are not so many."""
         if offset < 0 or offset + count > self.content:
             raise IndexError(f"bytes {offset} to {offset + count} of {self.content}")
         group = bisect_right(self._starts, offset) - 1
@@ -159,22 +137,26 @@ class VmzFile:
     def frame(self, group: int, number: int) -> bytes:
         """The content of a frame, proven by its two checksums."""
         key = group * vmz.MOST_FRAMES + number
-        found = self._frames.get(key)
-        if found is None:
-            found = self._read_frame(group, number)
+        with self._lock:
+            if (found := self._frames.get(key)) is not None:
+                self._frames.move_to_end(key)
+                return found
+        found = self._read_frame(group, number)
+        with self._lock:
             self._frames[key] = found
             if len(self._frames) > self._keep:
                 self._frames.popitem(last=False)
-        else:
-            self._frames.move_to_end(key)
         return found
 
     def _read_frame(self, group: int, number: int) -> bytes:
         offsets, table = self._table(group)
         packed = self._pread(table.sizes[number], offsets[number], "a frame")
         vmz.check_frame(packed, table.digests[number], offsets[number])
+        if not hasattr(self._own, "unpack"):
+            self._own.unpack = zstd.unpacker()
         size = min(self.tally.size, table.content - number * self.tally.size)
-        return self._unpack(packed, size, offsets[number])
+        content: bytes = self._own.unpack(packed, size, offsets[number])
+        return content
 
     def _table(self, group: int) -> tuple[list[int], vmz.Table]:
         """Where the frames of a group lie, and the table before them."""
@@ -192,10 +174,6 @@ class VmzFile:
             self._tables[group] = (offsets, table)
         return self._tables[group]
 
-    def reader(self, offset: int, end: int | None = None) -> Reader:
-        """The content from `offset` on, up to `end`, as a `Reader`."""
-        return _Part(self, offset, self.content if end is None else end)
-
 
 def vmz_file(fd: int, ahead: int = 0) -> VmzFile | None:
     """The .vmz that begins `ahead` bytes before where `fd` stands; None where it cannot seek, or is no .vmz."""
@@ -205,45 +183,3 @@ def vmz_file(fd: int, ahead: int = 0) -> VmzFile | None:
     except OSError:
         return None
     return VmzFile(fd, ahead) if compression.recognise(first) == "vmz" else None
-
-
-class _Part:
-    def __init__(self, file: VmzFile, at: int, end: int) -> None:
-        self._file = file
-        self._at, self._end = at, end
-
-    def readinto(self, view: memoryview, /) -> int:
-        count = min(len(view), self._end - self._at, self._file.tally.size)
-        if count > 0:
-            view[:count] = self._file.read(self._at, count)
-            self._at += count
-        return max(0, count)
-
-
-def state_of(file: VmzFile) -> State:
-    """The state as its index has it; of its content only head and devices are read.  CannotDo without an index."""
-    facts = file.facts
-    if facts is None:
-        raise CannotDo("this .vmz has no index: it was packed with --any", "unpack it: vm-compress -d --any")
-    court = Judge()
-    for record in StateReader(file.reader(0)):
-        court.see(record)
-        if isinstance(record, Blocks):
-            break
-    state = court.state
-    try:
-        for name in index.FACTS:
-            setattr(state, name, facts[name])
-        state.maps = {name: block.page_map() for name, block in file.blocks.items()}
-        devices = [_devices(file, span, True) for span in facts["early"]] + [_devices(file, facts["devices"], False)]
-        offset, size = facts["description"]
-        description = Description(bytes(file.read(offset + 5, size)), offset=offset)
-        take_devices(state, devices, description)
-    except (*UNREADABLE, IndexError) as error:
-        raise Damaged(f"the index does not fit the state: {error}") from error
-    return state
-
-
-def _devices(file: VmzFile, span: tuple[int, int], early: bool) -> Devices:
-    offset, size = span
-    return Devices(bytes(file.read(offset, size)), early, offset=offset)

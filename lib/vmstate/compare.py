@@ -56,12 +56,20 @@ class Against:
         if isinstance(record, Configuration):
             self._machine = record.machine.decode("utf-8", "backslashreplace")
         if isinstance(record, Blocks):
-            with Monitor(self.path) as monitor:
-                require_waiting(monitor, self.path)
-                blocks = tuple((block.text, block.size) for block in record.blocks)
-                self._judge(misfits(monitor, self.path, self._machine, blocks))
+            self._heads(tuple((block.text, block.size) for block in record.blocks))
             if self._ahead:
                 self._devices(self._ahead)
+
+    def _heads(self, blocks: tuple[tuple[str, int], ...]) -> None:
+        with Monitor(self.path) as monitor:
+            require_waiting(monitor, self.path)
+            self._judge(misfits(monitor, self.path, self._machine, blocks))
+
+    def whole(self, state: State) -> None:
+        """All of it at once, of a state that is known."""
+        self._machine = state.machine
+        self._heads(tuple((page_map.block.text, page_map.block.size) for page_map in state.maps.values()))
+        self._devices([decode_part(part) for part in state.parts])
 
     def settle(self, state: State) -> None:
         """What is left to compare, once the state is known to be whole."""

@@ -174,6 +174,13 @@ def ram_blocks(monitor: Monitor) -> dict[str, tuple[int, int]]:
     return {name: (int(used, 16), int(total, 16)) for name, used, total in row.findall(text)}
 
 
+def odd_pages(monitor: Monitor) -> list[str]:
+    """The RAM blocks of a guest whose pages are not of 4 KiB."""
+    text = monitor.ask("x-query-ramblock")["human-readable-text"]
+    rows = re.findall(r"^\s*(\S.*?)\s+(\d+ [KMG]iB)\s+0x", text, re.M)
+    return [name for name, size in rows if size != "4 KiB"]
+
+
 def stop(path: str) -> Standing:
     with Monitor(path) as monitor:
         standing = look(monitor)

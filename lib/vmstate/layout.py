@@ -51,6 +51,10 @@ PACKAGE_LIMIT = 1 << 25
 
 # migration/migration.h, enum mig_rp_message_type
 MIG_RP_MSG_SHUT = 1
+MIG_RP_MSG_REQ_PAGES_ID = 3
+MIG_RP_MSG_REQ_PAGES = 4
+MIG_RP_MSG_RECV_BITMAP = 5
+MIG_RP_MSG_RESUME_ACK = 6
 
 # migration/ram.c; the rest of the word is an offset in the block
 RAM_SAVE_FLAG_ZERO = 0x002

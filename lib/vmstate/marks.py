@@ -22,9 +22,13 @@ HEARD = "vmstate-heard"
 TAKEN = "vmstate-taken"
 # It came here, and was let run.
 ARRIVED = "vmstate-arrived"
+# It runs on pages that are still being brought, out of a file.
+LAZY = "vmstate-lazy"
+# It was stopped, since the rest of that file could not be read.
+HALTED = "vmstate-halted"
 # In a hint, what only the reader knows: the way to the other side.
 URI = "URI-OF-THE-SOURCE"
-ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED)
+ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED, LAZY, HALTED)
 
 Marks = dict[str, dict[str, Any]]
 

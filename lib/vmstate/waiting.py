@@ -103,14 +103,15 @@ class Waiting:
             try:
                 prepare(monitor, ("late-block-activate", *on), {"announce-rounds": 0}, self.found)
                 monitor.give(NAME, theirs.fileno())
-                self._incoming(monitor)
+                self.incoming(monitor)
             except Refused:
                 self.found.put_back(monitor)
                 raise
             self.begun = True
 
     @staticmethod
-    def _incoming(monitor: Monitor) -> None:
+    def incoming(monitor: Monitor) -> None:
+        """QEMU begins to load from the descriptor that it was given."""
         try:
             monitor.ask("migrate-incoming", uri=f"fd:{NAME}", exit_on_error=False)
         except Refused as error:

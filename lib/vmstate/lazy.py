@@ -1,0 +1,415 @@
+"""A guest that runs before its memory is read (`vm-restore --lazy`), and how such a restore is taken up again.
+
+Here the part that talks to QEMU and the part that reads states meet: a server of pages, and who watches over it.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+
+import xxhash
+
+from . import compression, layout, marks
+from .command import hold_signals, no_more_signals, release_signals
+from .compare import Against
+from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Stopped, Unsettled, VmstateError
+from .guest import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, wait_for
+from .monitor import Monitor
+from .octets import channel
+from .pageserver import Lost, PageServer, Place, Tally, have_of
+from .postcopy import NoIndex, NotLazy, Opening, ReturnPath, command, opening_of
+from .process import Process, check_arguments
+from .report import Report
+from .restore import Outcome, nics_of
+from .statefile import RawFile, StateFile, state_of
+from .vmzfile import vmz_file
+from .waiting import Waiting, refusal, require_waiting
+
+# What may lie between us and QEMU: a request waits behind it.
+ROOM = 128 << 10
+RUNS = ("running", "suspended")
+STARTS = 60.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
+
+    first: pages to be sent before the rest.  resume: the guest runs already, and has lost its server; sure: though it
+    is not marked with the state that it runs on.
+    """
+
+    path: str | None = None
+    command: list[str] = field(default_factory=list)
+    run: bool | None = None
+    on_demand: bool = False
+    first: list[Place] = field(default_factory=list)
+    resume: bool = False
+    sure: bool = False
+
+
+def open_state(fd: int) -> StateFile:
+    """The state in the file that `fd` stands at the beginning of.
+
+    NoIndex where it cannot be read at random, Damaged where it is none.
+    """
+    try:
+        at = os.lseek(fd, 0, os.SEEK_CUR)
+        first = os.pread(fd, compression.FIRST, at)
+    except OSError as error:
+        hint = "keep the state in a file: vm-restore --lazy GUEST < STATE.vmz"
+        raise NoIndex("a lazy restore reads its state here and there, and this input cannot seek", hint) from error
+    kind = compression.recognise(first)
+    if file := vmz_file(fd):
+        return file
+    if kind == "state":
+        return RawFile(fd)
+    if not first:
+        raise Damaged("the input is empty")
+    if kind in ("zstd", "gzip", "bzip2", "xz", "libvirt"):
+        hint = "give it one: vm-compress -d FILE | vm-compress > STATE.vmz" if kind == "zstd" else "pack it as a .vmz"
+        raise NoIndex(f"{compression.words_for(first)} has no index of its pages", hint)
+    raise Damaged(
+        f"no state of a guest: found {compression.words_for(first)} at offset 0", *compression.hints_for(first)
+    )
+
+
+def identity(opening: Opening) -> str:
+    """Tells one state from another, however they are packed: the devices hold the moment."""
+    return str(xxhash.xxh3_128_hexdigest(opening.head + opening.start + opening.devices))
+
+
+class Lazy:
+    """One lazy restore: `start` returns when the guest runs, `finish` when QEMU has everything."""
+
+    def __init__(self, plan: Plan, report: Report, fd: int) -> None:
+        self._plan = plan
+        self._report = report
+        self._file = open_state(fd)
+        self._opening = opening_of(self._file)
+        self._state = state_of(self._file)
+        self._process: Process | None = None
+        self._found = Found()
+        self._ours: socket.socket | None = None
+        self._server: PageServer | None = None
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._first = b""
+        self._error: BaseException | None = None
+        self._halted = self._was_halted = False
+        self.path = plan.path or ""
+        self.seconds = 0.0
+
+    @property
+    def tally(self) -> Tally:
+        return self._server.tally if self._server else Tally()
+
+    def start(self) -> Outcome:
+        """The guest runs (or stands, where it is to); what `Restore.run` gives."""
+        begun = time.monotonic()
+        try:
+            if self._plan.command:
+                check_arguments(self._plan.command[1:])
+                hold_signals()
+                self._process = Process(self._plan.command)
+                release_signals()
+                self._process.wait_until_it_answers()
+                self.path = self._process.path
+            state = self._take_up() if self._plan.resume else self._begin()
+        except BaseException as error:
+            raise self._put_back(error) from error
+        self.seconds = time.monotonic() - begun
+        nics = [] if self._plan.resume or state not in RUNS else nics_of(Waiting(self.path), self._report)
+        if self._process and self._process.added:
+            self._report.hint(f"the guest's monitor is {self.path}")
+        saved = self._state
+        return Outcome(self.path, state, saved.runstate, saved.machine, saved.size, nics)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the state."""
+        return self._file.content
+
+    def wait(self) -> None:
+        """`finish`; a signal has all that is left be sent first."""
+        try:
+            self.finish()
+        except Stopped:
+            assert self._server
+            self._server.finish_up()
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until QEMU has everything, or the guest is gone that was to be served as long as it lives.
+
+        Damaged where the file is, Unsettled where the guest runs on and lacks pages.
+        """
+        while self._thread.is_alive():
+            # A signal is heard between two of these.
+            self._thread.join(0.5)
+            if self._server and self._server.damage and not self._halted:
+                self._halt()
+        if self._ours:
+            self._ours.close()
+        error = self._error or (self._server.damage if self._server else None)
+        if isinstance(error, Damaged):
+            raise self._damaged(error) from error
+        if error is not None:
+            self._judge_loss(error)
+            return
+        wait_for(self.path, lambda standing: not standing.moving, 60, "to complete")
+        patiently(self.path, self._afterwards)
+
+    # the beginning
+
+    def _begin(self) -> str:
+        run = self._state.runstate in RUNS if self._plan.run is None else self._plan.run
+        self._require_fit()
+        self._ours, theirs = channel(ROOM)
+        self._make_server(self._ours.fileno())
+        self._first = self._opening.stream()
+        with Monitor(self.path) as monitor:
+            require_waiting(monitor, self.path)
+            hold_signals()
+            self._set_up(monitor, run)
+            monitor.give(NAME, theirs.fileno())
+            Waiting.incoming(monitor)
+            theirs.close()
+            release_signals()
+            self._thread.start()
+            return self._until_it_runs(monitor, run)
+
+    def _require_fit(self) -> None:
+        """Misfit where the guest is another one; NotLazy where it cannot run on pages that come later."""
+        Against(self.path).whole(self._state)
+        with Monitor(self.path) as monitor:
+            if odd := odd_pages(monitor):
+                raise NotLazy(f"the guest at {self.path} has pages that are not of 4 KiB: {', '.join(odd)}", EAGER)
+            with contextlib.suppress(Refused):
+                shared = [back["id"] for back in monitor.ask("query-memdev") if back.get("share")]
+                if shared:
+                    raise NotLazy(f"the guest at {self.path} has RAM that others share ({', '.join(shared)})", EAGER)
+
+    def _set_up(self, monitor: Monitor, run: bool) -> None:
+        marks.clear(monitor)
+        try:
+            prepare(monitor, ("postcopy-ram",), {}, self._found)
+        except Refused as error:
+            self._found.put_back(monitor)
+            hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"
+            raise NotLazy(f"this QEMU cannot load lazily here: {error.text}", hint, EAGER) from error
+        marks.put(monitor, marks.LAZY, state=identity(self._opening))
+        # Whether a guest runs that is loaded in this way is not in its state, but set here.
+        monitor.ask("cont" if run else "stop")
+
+    def _until_it_runs(self, monitor: Monitor, run: bool) -> str:
+        give_up = time.monotonic() + STARTS
+        try:
+            while True:
+                standing = look(monitor)
+                if standing.migration == "failed":
+                    raise refusal(standing.reason, True)
+                if standing.run in RUNS or (standing.run == "paused" and _crossed(standing)):
+                    break
+                if self._error:
+                    raise self._error
+                if time.monotonic() > give_up:
+                    raise CannotDo(f"QEMU has not loaded the devices within {STARTS:.0f} s")
+                time.sleep(0.001)
+        except (GuestGone, Lost) as error:
+            raise self._refusal(error) from error
+        if run and standing.run == "paused":
+            words = f"the guest at {self.path} is loaded, but stands paused: QEMU could not take its disks"
+            raise Unsettled(words, f"once their other user is gone: vm-cont {self.path}")
+        return standing.run
+
+    def _refusal(self, error: VmstateError) -> VmstateError:
+        if self._process and not self._process.alive():
+            return refusal(self._process.words(), True)
+        with contextlib.suppress(VmstateError):
+            standing = glance(self.path)
+            if standing.reason:
+                return refusal(standing.reason, True)
+        return refusal("", True) if isinstance(error, GuestGone) else error
+
+    # a guest that has lost its server
+
+    def _take_up(self) -> str:
+        folder = tempfile.mkdtemp(prefix="vmstate-")
+        place = os.path.join(folder, "channel")
+        try:
+            with Monitor(self.path) as monitor:
+                standing = self._require_lost(monitor)
+                monitor.urge("migrate-recover", uri=f"unix:{place}")
+            self._ours = _connected(place)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        have = have_of(self._opening, _bitmaps(self._ours, self._opening))
+        self._make_server(self._ours.fileno(), have)
+        self._first = self._opening.part()
+        self._thread.start()
+        return patiently(self.path, self._run_on) if self._was_halted else standing.run
+
+    def _require_lost(self, monitor: Monitor) -> Standing:
+        standing = look(monitor)
+        found = marks.read(monitor)
+        if (marks.LAZY not in found and not self._plan.sure) or not standing.migration.startswith("postcopy"):
+            text = f"the guest at {self.path} is not being restored lazily ({standing.run}, {standing.migration})"
+            raise CannotDo(text, f"vm-status {self.path}")
+        if standing.migration != "postcopy-paused":
+            text = f"the guest at {self.path} has a server that brings its pages ({standing.migration})"
+            raise CannotDo(text, f"vm-status {self.path}")
+        if marks.LAZY in found and found[marks.LAZY].get("state") != identity(self._opening):
+            raise Misfit(f"this is not the state that the guest at {self.path} runs on", "its pages would be wrong")
+        self._was_halted = marks.HALTED in found
+        return standing
+
+    def _run_on(self, monitor: Monitor) -> str:
+        with contextlib.suppress(Refused):
+            monitor.ask("object-del", id=marks.HALTED)
+        run_on(monitor)
+        return look(monitor).run
+
+    # the server
+
+    def _make_server(self, fd: int, have: dict[bytes, bytearray] | None = None) -> None:
+        plan = self._plan
+        self._server = PageServer(
+            self._file, self._opening, fd, fd, on_demand=plan.on_demand, first=plan.first, have=have
+        )
+
+    def _serve(self) -> None:
+        assert self._server
+        try:
+            self._server.run(self._first)
+        except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
+            self._error = error
+
+    def _halt(self) -> None:
+        """A page that nobody has asked for cannot be read: stop the guest while all that is asked for can be."""
+        assert self._server
+        self._halted = True
+        with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
+            if look(monitor).run in RUNS:
+                monitor.ask("stop")
+                marks.put(monitor, marks.HALTED)
+        self._server.give_up()
+
+    # the end
+
+    def _afterwards(self, monitor: Monitor) -> None:
+        standing = look(monitor)
+        if standing.migration == "failed":
+            raise CannotDo(f"QEMU ended the restore as failed: {standing.reason}")
+        for name in (marks.LAZY, marks.HALTED):
+            with contextlib.suppress(Refused):
+                monitor.ask("object-del", id=name)
+        with contextlib.suppress(Refused):
+            self._found.put_back(monitor)
+
+    def _judge_loss(self, error: BaseException) -> None:
+        if not isinstance(error, Lost):
+            raise error
+        try:
+            standing = wait_for(self.path, lambda s: s.migration != "postcopy-active", 20, "to end the restore")
+        except VmstateError as gone:
+            if isinstance(gone, GuestGone) and self._plan.on_demand:
+                return
+            raise GuestGone(f"the guest at {self.path} ended while its memory was being read") from gone
+        words = f"the guest at {self.path} runs ({standing.migration}), and lacks pages: {error}"
+        raise Unsettled(words, resume_command(self.path, self._plan.on_demand)) from error
+
+    def _damaged(self, error: Damaged) -> Damaged:
+        stands = "was stopped" if self._halted else "stands still as soon as it needs a page that it lacks"
+        hint = f"with a good copy of this state: {resume_command(self.path)}"
+        return Damaged(f"{error}; the guest at {self.path} {stands}", hint)
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        no_more_signals()
+        if self._ours:
+            self._ours.close()
+        if self._process:
+            self._process.end()
+        elif isinstance(error, VmstateError) and not isinstance(error, Unsettled) and not self._plan.resume:
+            error.hints = (*error.hints, Waiting(self.path).fate())
+        return error
+
+
+EAGER = "restore all of it before it runs: vm-restore without --lazy, or --lazy-or-eager"
+
+
+def resume_command(path: str, on_demand: bool = False) -> str:
+    return f"vm-restore --resume {'--on-demand ' if on_demand else ''}{path} < STATE.vmz"
+
+
+def _crossed(standing: Standing) -> bool:
+    return standing.migration in ("postcopy-active", "postcopy-paused", "completed")
+
+
+def _connected(place: str) -> socket.socket:
+    """QEMU listens there, or is about to."""
+    end = socket.socket(socket.AF_UNIX)
+    give_up = time.monotonic() + 10
+    while True:
+        try:
+            end.connect(place)
+            return end
+        except OSError as error:
+            if time.monotonic() > give_up:
+                end.close()
+                raise CannotDo(f"QEMU does not take up its restore: {error.strerror}") from error
+            time.sleep(0.01)
+
+
+def _bitmaps(end: socket.socket, opening: Opening) -> dict[bytes, bytes]:
+    """Which pages QEMU has, by block; when this returns it waits for the others."""
+    path = ReturnPath()
+    found: dict[bytes, bytes] = {}
+    end.settimeout(30)
+    try:
+        end.sendall(opening.ask_bitmaps())
+        while len(found) < len(opening.blocks):
+            for said in path.feed(_some(end)):
+                if said.kind == layout.MIG_RP_MSG_RECV_BITMAP:
+                    found[said.block] = said.bitmap
+        end.sendall(command(layout.MIG_CMD_POSTCOPY_RESUME))
+        while not any(said.kind == layout.MIG_RP_MSG_RESUME_ACK for said in path.feed(_some(end))):
+            pass
+    except OSError as error:
+        raise CannotDo(f"QEMU does not take up its restore: {error}") from error
+    end.settimeout(None)
+    return found
+
+
+def _some(end: socket.socket) -> bytes:
+    data = end.recv(64 << 10)
+    if not data:
+        raise Lost("QEMU has closed its channel")
+    return data
+
+
+def stdio(fd: int, on_demand: bool, first: list[Place]) -> None:
+    """For a QEMU that runs us as its `-incoming exec:`, over standard input and output."""
+    file = open_state(fd)
+    opening = opening_of(file)
+    state_of(file)
+    server = PageServer(file, opening, 0, 1, on_demand=on_demand, first=first)
+    try:
+        server.run(opening.stream())
+    except Lost as error:
+        if not server.tally.asked:
+            hint = "start QEMU with: -global migration.x-postcopy-ram=on"
+            raise CannotDo(f"QEMU does not take the state: {error}; its own words say why", hint) from error
+        raise Unsettled(
+            f"the guest runs, and lacks pages: {error}", f"{resume_command('GUEST')} --i-am-sure"
+        ) from error
+
+
+def outcome_of(path: str, report: Report) -> Outcome:
+    """What another process has restored."""
+    state = glance(path).run
+    return Outcome(path, state, "", "", 0, nics_of(Waiting(path), report) if state in RUNS else [])

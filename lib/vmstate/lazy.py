@@ -97,6 +97,7 @@ class Lazy:
         self._found = Found()
         self._ours: socket.socket | None = None
         self._server: PageServer | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._first = b""
         self._error: BaseException | None = None
@@ -148,9 +149,8 @@ class Lazy:
 
         Damaged where the file is, Unsettled where the guest runs on and lacks pages.
         """
-        while self._thread.is_alive():
-            # A signal is heard between two of these.
-            self._thread.join(0.5)
+        # Not by `join`: a signal that interrupts it makes Python 3.11 take the thread for ended.
+        while not self._ended.wait(0.5):
             if self._server and self._server.damage and not self._halted:
                 self._halt()
         if self._ours:
@@ -202,7 +202,7 @@ class Lazy:
             self._found.put_back(monitor)
             hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"
             raise NotLazy(f"this QEMU cannot load lazily here: {error.text}", hint, EAGER) from error
-        marks.put(monitor, marks.LAZY, state=identity(self._opening))
+        marks.put(monitor, marks.LAZY, state=identity(self._opening), on_demand=self._plan.on_demand)
         # Whether a guest runs that is loaded in this way is not in its state, but set here.
         monitor.ask("cont" if run else "stop")
 
@@ -288,6 +288,7 @@ class Lazy:
             self._server.run(self._first)
         except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
             self._error = error
+        self._ended.set()
 
     def _halt(self) -> None:
         """A page that nobody has asked for cannot be read: stop the guest while all that is asked for can be."""
@@ -321,11 +322,14 @@ class Lazy:
                 return
             raise GuestGone(f"the guest at {self.path} ended while its memory was being read") from gone
         words = f"the guest at {self.path} runs ({standing.migration}), and lacks pages: {error}"
-        raise Unsettled(words, resume_command(self.path, self._plan.on_demand)) from error
+        raise Unsettled(words, self._resume()) from error
+
+    def _resume(self) -> str:
+        return marks.resume_command(self.path, {marks.LAZY: {"on_demand": self._plan.on_demand}})
 
     def _damaged(self, error: Damaged) -> Damaged:
         stands = "was stopped" if self._halted else "stands still as soon as it needs a page that it lacks"
-        hint = f"with a good copy of this state: {resume_command(self.path)}"
+        hint = f"with a good copy of this state: {self._resume()}"
         return Damaged(f"{error}; the guest at {self.path} {stands}", hint)
 
     def _put_back(self, error: BaseException) -> BaseException:
@@ -340,10 +344,6 @@ class Lazy:
 
 
 EAGER = "restore all of it before it runs: vm-restore without --lazy, or --lazy-or-eager"
-
-
-def resume_command(path: str, on_demand: bool = False) -> str:
-    return f"vm-restore --resume {'--on-demand ' if on_demand else ''}{path} < STATE.vmz"
 
 
 def _crossed(standing: Standing) -> bool:
@@ -404,9 +404,8 @@ def stdio(fd: int, on_demand: bool, first: list[Place]) -> None:
         if not server.tally.asked:
             hint = "start QEMU with: -global migration.x-postcopy-ram=on"
             raise CannotDo(f"QEMU does not take the state: {error}; its own words say why", hint) from error
-        raise Unsettled(
-            f"the guest runs, and lacks pages: {error}", f"{resume_command('GUEST')} --i-am-sure"
-        ) from error
+        hint = "vm-restore --resume --i-am-sure GUEST < STATE.vmz"
+        raise Unsettled(f"the guest runs, and lacks pages: {error}", hint) from error
 
 
 def outcome_of(path: str, report: Report) -> Outcome:

@@ -114,6 +114,12 @@ def refuse(found: Marks, run: str, given_away: bool, path: str) -> None:
         raise Unsettled(f"the guest at {path} came by a move, and its source has not let it go", settle)
 
 
+def resume_command(path: str, found: Marks) -> str:
+    """What goes on with a lazy restore whose server has died."""
+    options = ["--on-demand"] if found.get(LAZY, {}).get("on_demand") else []
+    return f"{shlex.join(['vm-restore', '--resume', *options, path])} < STATE.vmz"
+
+
 def settle_command(path: str, found: Marks) -> str:
     """What brings a move to its end whose commands have died."""
     uri = URI if TAKEN in found else found.get(MOVED, {}).get("uri")

@@ -191,16 +191,19 @@ class PageServer:
     # what is asked for
 
     def _requested(self, said: Said, now: float) -> None:
-        have = self._have.get(said.block)
         numbers = range(said.start // PAGE, (said.start + said.size) // PAGE)
-        if have is None or said.start % PAGE or not numbers or numbers[-1] >= len(have):
+        # On a channel that was taken up QEMU goes on in a block that it has named on the old one: any that has the page.
+        names = [said.block] if said.block else list(self._have)
+        found = [name for name in names if numbers and numbers[-1] < len(self._have.get(name, b""))]
+        if said.start % PAGE or not found:
             raise CannotDo(f"QEMU asks for {said.size} bytes at {said.start:#x} of {said.block!r}, which is not there")
-        for number in numbers:
-            if not have[number]:
-                self.tally.asked += 1
-                self.tally.order.append((said.block, number))
-                self._put_page(said.block, number)
-                self._awaited.append((self._queued, now))
+        for name in found:
+            for number in numbers:
+                if not self._have[name][number]:
+                    self.tally.asked += 1
+                    self.tally.order.append((name, number))
+                    self._put_page(name, number)
+                    self._awaited.append((self._queued, now))
 
     def _put_page(self, name: bytes, number: int) -> None:
         kind, place = self._file.blocks[name].find(number)

@@ -80,6 +80,8 @@ def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tu
     """Words and commands for a guest that a move has left at both ends; None for any other."""
     force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
     settle = marks.settle_command(path, found)
+    if marks.LAZY in found and standing.migration.startswith("postcopy"):
+        return _of_lazy(path, standing, found)
     log = _last_words(found.get(marks.MOVED, {}).get("log"))
     if standing.migration == "postcopy-paused":
         if marks.MOVED in found:
@@ -99,6 +101,14 @@ def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tu
         where = printable(f"{source.get('path')} on {source.get('host')}").replace("\n", " ")
         return f"has loaded the guest of {where} and is held until that has let it go", (settle,)
     return None
+
+
+def _of_lazy(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tuple[str, ...]]:
+    words = MEANING.get(standing.run, f"is '{standing.run}'")
+    if standing.migration != "postcopy-paused":
+        return f"{words} while its memory is being brought from a file", ()
+    why = "the file could not be read" if marks.HALTED in found else "who brought it has ended"
+    return f"{words}, and lacks a part of its memory: {why}", (marks.resume_command(path, found),)
 
 
 def _last_words(log: str | None) -> str:

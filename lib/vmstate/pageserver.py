@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import layout
 from .errors import CannotDo, Damaged
@@ -36,20 +37,26 @@ class Lost(CannotDo):
 
 @dataclass
 class Tally:
-    """asked: pages that QEMU asked for.  waited: seconds from a request to its page's last byte.  order: what was asked
-    for, in the order of first requests.  sent: pages in all.  bytes: that left."""
+    """asked: pages that QEMU asked for.  waited: seconds from a request to its page's last byte, when: from the server's
+    start to the request.  order: what was asked for, in the order of first requests.  sent: pages in all.  bytes: that
+    left."""
 
     asked: int = 0
     sent: int = 0
     bytes: int = 0
     waited: "array[float]" = field(default_factory=lambda: array("d"))
+    when: "array[float]" = field(default_factory=lambda: array("d"))
     order: list[Place] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
 
-    def values(self) -> dict[str, float | int | None]:
+    def values(self) -> dict[str, Any]:
+        """For `--json`; asked_at: when each hundredth of the requests came, in seconds."""
         waited = sorted(self.waited)
         share = {"median": 0.5, "p99": 0.99}
         times = {f"wait_{name}": waited[int(len(waited) * part)] if waited else None for name, part in share.items()}
-        return {"asked": self.asked, "sent": self.sent, "bytes": self.bytes, **times}
+        asked_at = [round(self.when[len(self.when) * part // 100], 4) for part in range(100)] if self.when else []
+        numbers = {"asked": self.asked, "sent": self.sent, "bytes": self.bytes}
+        return {**numbers, **times, "seconds": round(time.monotonic() - self.begun, 4), "asked_at": asked_at}
 
 
 class PageServer:
@@ -192,7 +199,7 @@ class PageServer:
 
     def _requested(self, said: Said, now: float) -> None:
         numbers = range(said.start // PAGE, (said.start + said.size) // PAGE)
-        # On a channel that was taken up QEMU goes on in a block that it has named on the old one: any that has the page.
+        # On a channel that was taken up QEMU goes on in a block that it named on the old one: any that has the page.
         names = [said.block] if said.block else list(self._have)
         found = [name for name in names if numbers and numbers[-1] < len(self._have.get(name, b""))]
         if said.start % PAGE or not found:
@@ -201,6 +208,7 @@ class PageServer:
             for number in numbers:
                 if not self._have[name][number]:
                     self.tally.asked += 1
+                    self.tally.when.append(now - self.tally.begun)
                     self.tally.order.append((name, number))
                     self._put_page(name, number)
                     self._awaited.append((self._queued, now))

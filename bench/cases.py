@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lab import Events, Lab, judge_state, load, migrate, outcome
+from lazily import clones, lazy
 from measure import SINK, Row, busy, interleave, peak, pipeline, same
 from moves import MOVES
+from packed import packed
 from vm import Guest
 
 RECIPIENT = "bench@example.org"
@@ -396,5 +398,6 @@ def memory(lab: Lab) -> Iterator[Row]:
 
 
 CASES: dict[str, Callable[[Lab], Iterator[Row]]] = {
-    case.__name__: case for case in (start, dump, pause, compress, restore, filters, verify, memory, encrypt)
+    case.__name__: case
+    for case in (start, dump, pause, compress, packed, restore, lazy, clones, filters, verify, memory, encrypt)
 } | MOVES

@@ -1,11 +1,14 @@
 """What is measured on: two guests, their states as files, and QEMU's own ways as the peer.
 
 The Linux guest has about 350 MB of RAM that is not zero: random data, and programs, libraries and texts of this system,
-in which there is something to compress.  The other has no system; nearly all of its RAM is random data.
+in which there is something to compress.  `cache` is full of such files, `database` of the pages of an SQLite database
+whose rows are random; `half-N` has N GiB, half of them full of files.  `metal` has no system; nearly all of its RAM is
+random data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -67,14 +70,34 @@ class Lab:
     def options(self, kind: str) -> dict[str, Any]:
         if kind == "metal":
             return {"kind": "metal", "mem": 96 if self.quick else 2560}
-        block = 16 if self.quick else 96
-        initrd = ["-initrd", str(self._initrd(block))]
-        return {"kind": "linux", "mem": 256 if self.quick else 2048, "append": f"block={block}", "extra": initrd}
+        if kind == "linux":
+            block = 16 if self.quick else 96
+            initrd = ["-initrd", str(self._initrd(block))]
+            return {"kind": "linux", "mem": 256 if self.quick else 2048, "append": f"block={block}", "extra": initrd}
+        if kind.startswith("half-"):
+            gib = int(kind.partition("-")[2])
+            size, mem = (32, 128 * gib) if self.quick else (256, 1024 * gib)
+            words = f"block=16 tick=0.01 copies={(mem // 2 - 64) // size - 1}"
+            return self._reading(self._disk("files", size), mem, words)
+        size, mem = (48, 256) if self.quick else (1400, 2048)
+        return self._reading(self._disk({"cache": "files", "database": "rows"}[kind], size), mem, "block=16")
+
+    @staticmethod
+    def _reading(disk: Path, mem: int, words: str) -> dict[str, Any]:
+        """A guest that reads a disk as large as is to be in its memory."""
+        drive = ["-drive", f"file={disk},format=raw,if=virtio,readonly=on"]
+        return {"kind": "linux", "mem": mem, "append": f"{words} read=/dev/vda", "extra": drive}
+
+    def _disk(self, what: str, mib: int) -> Path:
+        path = self.folder / f"{what}-{mib}.img"
+        if not path.exists():
+            path.write_bytes(files(mib * MIB) if what == "files" else rows(mib * MIB, self.folder / "rows"))
+        return path
 
     def size(self, kind: str) -> str:
         """How much of its RAM is not zero, in words."""
-        linux, metal = ("100 MB", "80 MiB") if self.quick else ("350 MB", "2.5 GiB")
-        return {"linux": linux, "metal": metal}[kind]
+        linux, metal, full = ("100 MB", "80 MiB", "64 MiB") if self.quick else ("350 MB", "2.5 GiB", "1.5 GB")
+        return {"linux": linux, "metal": metal}.get(kind, full)
 
     def guest(self, kind: str) -> Guest:
         """A guest that is up, and stands."""
@@ -126,6 +149,16 @@ class Lab:
             judge_state(path)
         return self._states[kind]
 
+    def packed(self, kind: str) -> Path:
+        """The same, packed; the plain one is not kept."""
+        path = self.folder / f"{kind}.vmz"
+        if not path.exists():
+            guest = self.guest(kind)
+            guest.cmd("cont")
+            pipeline(["vm-dump", "-q", guest.qmp], ["vm-compress"], sink=path)
+            self.drop(kind)
+        return path
+
     def forget(self, *names: str) -> None:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
@@ -152,6 +185,48 @@ def content(folder: str, size: int) -> bytes:
         if len(data) >= size:
             break
     return bytes(data[:size].ljust(size, b"\0"))
+
+
+def files(size: int) -> bytes:
+    """`size` bytes of this system's files, again from the start where those are fewer."""
+    data = bytearray()
+    for folder in CONTENT:
+        if len(data) < size:
+            data += content(folder, size - len(data)).rstrip(b"\0")
+            data += b"\0" * (-len(data) % 4096)
+    return bytes((data * (size // len(data) + 1))[:size])
+
+
+def rows(size: int, path: Path) -> bytes:
+    """`size` bytes of an SQLite database: of 96 MiB at the most, again and again."""
+    import random
+    import sqlite3
+
+    chance = random.Random(1)
+    names = [chance.randbytes(5).hex() for _ in range(2000)]
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        base.execute("pragma synchronous = off")
+        base.execute(
+            "create table entry (id integer primary key, account int, amount real, at text, who text, note blob)"
+        )
+        base.execute("create index by_account on entry (account)")
+        while path.stat().st_size < min(size, 96 * MIB):
+            made = (
+                (
+                    chance.randrange(1 << 30),
+                    chance.random(),
+                    f"2026-{chance.randrange(1, 13):02}-{chance.randrange(1, 29):02} "
+                    f"{chance.randrange(24):02}:{chance.randrange(60):02}",
+                    " ".join(chance.choices(names, k=3)),
+                    chance.randbytes(chance.randrange(24)),
+                )
+                for _ in range(20000)
+            )
+            base.executemany("insert into entry (account, amount, at, who, note) values (?, ?, ?, ?, ?)", made)
+            base.commit()
+    data = path.read_bytes()
+    path.unlink()
+    return (data * (size // len(data) + 1))[:size]
 
 
 # QEMU's own ways

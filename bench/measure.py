@@ -33,6 +33,8 @@ class Row:
     ours: list[float]
     theirs: list[float]
     target: float | None = None
+    # When each hundredth of something had come, as a part of the whole time
+    curve: list[float] | None = None
 
     @property
     def ratio(self) -> float:

@@ -12,7 +12,7 @@ from measure import Row
 
 # In the network ours may take so much for its second phase.
 GAP_LIMIT = "1.3 tcp: + 20 ms"
-LIMITS = ("100 ms", "128 MiB", "256 MiB", GAP_LIMIT)
+LIMITS = ("100 ms", "300 ms", "0.5 ms", "20 us", "1 ms", "20 ms", "1.25 of itself", "128 MiB", "256 MiB", GAP_LIMIT)
 UNITS = {"s": (1.0, "s"), "B": (1 / (1 << 20), "MiB")}
 
 
@@ -66,6 +66,10 @@ def write(rows: list[Row], about: dict[str, Any], folder: Path, times: Path) -> 
     save(folder / "limits.svg", bars("How often it fits into its limit", limits))
     if found := [r for r in rows if r.case == "gap"]:
         save(folder / "gaps.svg", gaps(found))
+    if found := [r for r in rows if r.case == "lazy" and r.what.startswith("until the guest runs, ")]:
+        save(folder / "lazy.svg", sizes(found))
+    if curves := [r.curve for r in rows if r.curve]:
+        save(folder / "asked.svg", asked(curves[0]))
 
 
 def save(path: Path, text: str) -> None:
@@ -190,6 +194,78 @@ def gaps(rows: list[Row]) -> str:
         parts += [f'<circle class="{kind}" cx="{at(x):.1f}" cy="{y:.1f}" r="4" opacity="0.6"/>' for x in values]
         if most:
             parts.append(f'<line class="target" x1="{at(most):.1f}" x2="{at(most):.1f}" y1="{y - 9}" y2="{y + 9}"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+SIDE, FLOOR = 420, 300
+
+
+def plot(title: str, across: str, up: str) -> list[str]:
+    """A picture's begin, with its two axes."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIDE + 240} {FLOOR + 60}" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE} polyline {{ fill: none; stroke-width: 2 }}</style>",
+        f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>',
+        f'<text x="60" y="44" opacity="0.75">{escape(up)}</text>',
+        f'<text x="{60 + SIDE / 2}" y="{FLOOR + 50}" text-anchor="middle" opacity="0.75">{escape(across)}</text>',
+        f'<line class="axis" x1="60" x2="{60 + SIDE}" y1="{FLOOR + 10}" y2="{FLOOR + 10}"/>',
+        f'<line class="axis" x1="60" x2="60" y1="54" y2="{FLOOR + 10}"/>',
+    ]
+
+
+def curve(points: list[tuple[float, float]], color: str, words: str = "") -> list[str]:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    x, y = points[-1]
+    return [
+        f'<polyline points="{path}" stroke="{color}"/>',
+        f'<text x="{x + 8:.0f}" y="{y + 4:.0f}" style="fill: {color}">{escape(words)}</text>',
+    ]
+
+
+COLORS = ("#2f7d4f", "#b35900", "#6e7781")
+
+
+def sizes(rows: list[Row]) -> str:
+    """How long until a guest of each size runs, each way a line; 1 is the quickest of all.  Both scales double."""
+    import re
+    import statistics
+
+    took: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if found := re.search(r"(\d+) GiB, half full", row.what):
+            gib = int(found[1])
+            took.setdefault(row.ours_name, {})[gib] = statistics.median(row.ours)
+            took.setdefault(row.theirs_name, {})[gib] = statistics.median(row.theirs)
+    least = min(min(values.values()) for values in took.values())
+    gibs = sorted({gib for values in took.values() for gib in values})
+    most = max(max(values.values()) for values in took.values()) / least
+    doublings = max(1, math.ceil(math.log2(most)))
+
+    def at(gib: int, seconds: float) -> tuple[float, float]:
+        right = math.log2(gib / gibs[0]) / max(1.0, math.log2(gibs[-1] / gibs[0]))
+        return 60 + SIDE * right, FLOOR + 10 - (FLOOR - 50) * math.log2(seconds / least) / doublings
+
+    parts = plot("How long until a restored guest runs", "its RAM in GiB, half full", "times the quickest")
+    for power in range(doublings + 1):
+        parts.append(f'<text x="52" y="{at(gibs[0], least * 2**power)[1] + 4:.0f}" text-anchor="end">{2**power}</text>')
+    for gib in gibs:
+        parts.append(f'<text x="{at(gib, least)[0]:.0f}" y="{FLOOR + 28}" text-anchor="middle">{gib}</text>')
+    for color, (name, values) in zip(COLORS, took.items(), strict=False):
+        parts += curve([at(gib, seconds) for gib, seconds in sorted(values.items())], color, name)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def asked(times: list[float]) -> str:
+    """When the guest asked for its pages, from the moment in which it ran until all were there."""
+    title = "Pages that a guest asked for, while all others were brought beside them"
+    parts = plot(title, "from its first moment until all memory is there", "share of all that it asked for")
+    for share in (0, 0.5, 1):
+        y = FLOOR + 10 - (FLOOR - 50) * share
+        parts.append(f'<text x="52" y="{y + 4:.0f}" text-anchor="end">{share:.0%}</text>')
+        parts.append(f'<text x="{60 + SIDE * share:.0f}" y="{FLOOR + 28}" text-anchor="middle">{share:g}</text>')
+    points = [(60 + SIDE * min(1.0, at), FLOOR + 10 - (FLOOR - 50) * n / 100) for n, at in enumerate(times)]
+    parts += curve(points, COLORS[0])
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

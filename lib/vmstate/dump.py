@@ -36,6 +36,8 @@ class Plan:
 class Dump:
     """One dump, from its plan to its outcome."""
 
+    CAPABILITIES = guest.ON
+
     def __init__(self, plan: Plan, report: Report, mode: str) -> None:
         self._plan = plan
         self._report = report
@@ -43,12 +45,12 @@ class Dump:
         # Until the guest's state is on its way, so that `run` knows all that there is to undo.
         hold_signals()
         self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
-        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime)
+        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES)
         self._started = time.monotonic()
         try:
             self._guard = self._make_guard()
             self._ours, self._theirs = channel()
-            self._outgoing = Outgoing(self._ours, self._sink.fd)
+            self._outgoing = Outgoing(self._ours, self._sink.fd, closing=guest.ON != self.CAPABILITIES)
         except BaseException:
             self._let_go_of_the_sink()
             raise

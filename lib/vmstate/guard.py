@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from .stage import end_group
@@ -22,18 +23,19 @@ class Guard:
     """Start the child.  To be called before there are threads.
 
     path: the guest.  group: the process group of the sink, or None.  held: the sink's input, to be kept open.
+    snapshot: the guest goes on anyway, and is to forget that it was asked for one.
     """
 
-    def __init__(self, path: str, group: int | None = None, held: int | None = None) -> None:
+    def __init__(self, path: str, group: int | None = None, held: int | None = None, *, snapshot: bool = False) -> None:
         theirs, self._ours = os.pipe()
         sys.stderr.flush()
         self._child = os.fork()
         if self._child == 0:
-            _be_the_guard(theirs, path, group, held)
+            _be_the_guard(theirs, path, group, held, _tidy if snapshot else _run_on)
         os.close(theirs)
 
     def watch(self) -> None:
-        """From now on the guest stands still only because of us."""
+        """From now on there is something to put back: the guest stands still only because of us."""
         os.write(self._ours, WATCH)
 
     def let_go(self) -> None:
@@ -53,13 +55,15 @@ class Guard:
             os.waitpid(self._child, 0)
 
 
-def _be_the_guard(control: int, path: str, group: int | None, held: int | None) -> NoReturn:
+def _be_the_guard(
+    control: int, path: str, group: int | None, held: int | None, put_back: Callable[[str], None]
+) -> NoReturn:
     try:
         os.setsid()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         _close_all_but({control, held if held is not None else control})
-        _guard(control, path, group, held)
+        _guard(control, path, group, held, put_back)
     finally:
         os._exit(0)
 
@@ -72,7 +76,7 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(at, 4096)
 
 
-def _guard(control: int, path: str, group: int | None, held: int | None) -> None:
+def _guard(control: int, path: str, group: int | None, held: int | None, put_back: Callable[[str], None]) -> None:
     stopped = False
     while word := os.read(control, 1):
         if word == DONE:
@@ -87,7 +91,15 @@ def _guard(control: int, path: str, group: int | None, held: int | None) -> None
     if held is not None:
         os.close(held)
     if stopped:
-        _run_on(path)
+        put_back(path)
+
+
+def _tidy(path: str) -> None:
+    from . import guest
+
+    with contextlib.suppress(Exception):
+        guest.wait_for(path, lambda s: not s.moving, 60, "to end its snapshot")
+        guest.patiently(path, guest.tidy)
 
 
 def _run_on(path: str) -> None:

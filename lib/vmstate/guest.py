@@ -21,7 +21,8 @@ NAME = "vmstate"
 # QEMU's own rhythm, in ms
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 ON = ("return-path",)
-LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram")
+SNAPSHOT = ("background-snapshot",)
+LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram", "background-snapshot")
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
 # migration.json, MigrationStatus: those in which QEMU is not done
@@ -348,6 +349,22 @@ class Sending:
 
         self._begin(send)
 
+    def snapshot(self, fd: int) -> float | None:
+        """Send the state of an instant to the socket `fd`, while the guest goes on; how long it stood, in ms.
+
+        None where it stood before.  CannotDo where this guest, or this host, cannot do that.
+        """
+        paused: list[float] = []
+
+        def send(monitor: Monitor) -> None:
+            monitor.give(NAME, fd)
+            monitor.ask("migrate", uri=f"fd:{NAME}")
+            if self.found.ran:
+                paused.append(_pause(monitor))
+
+        self._begin(send)
+        return paused[0] if paused else None
+
     def move(self, uri: str, fd: int | None = None) -> None:
         """Send to another QEMU: at `uri`, or behind the descriptor `fd`."""
 
@@ -412,6 +429,24 @@ class Sending:
             self.found.put_back(monitor)
         ours = standing.run == "postmigrate" or (standing.run == "paused" and self._stopped)
         return run_on(monitor) if self.found.ran and ours else look(monitor)
+
+
+def _pause(monitor: Monitor) -> float:
+    """From QEMU's STOP to its RESUME, in ms, by its own clock; CannotDo where the migration ends before."""
+    stopped = None
+    while True:
+        event = monitor.event(1)
+        if event is None:
+            standing = look(monitor)
+            if not standing.moving and standing.migration != "completed":
+                raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
+            continue
+        stamp = event["timestamp"]
+        at: float = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
+        if event["event"] == "STOP":
+            stopped = at
+        elif event["event"] == "RESUME" and stopped is not None:
+            return round(at - stopped, 3)
 
 
 def _explained(error: Refused, path: str) -> CannotDo:

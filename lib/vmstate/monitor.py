@@ -79,6 +79,13 @@ class Monitor:
         except (ExecuteError, QMPError, TimeoutError, OSError, EOFError):
             return self.ask(command, **arguments)
 
+    def event(self, patience: float) -> dict[str, Any] | None:
+        """The next thing that QEMU has told in this conversation without being asked; None where nothing comes."""
+        try:
+            return dict(self._wait(self._client.events.get(), patience))
+        except TimeoutError:
+            return None
+
     def human(self, line: str) -> str:
         """The answer of the human monitor to a line."""
         return str(self.ask("human-monitor-command", command_line=line))

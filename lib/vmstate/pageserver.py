@@ -37,9 +37,8 @@ class Lost(CannotDo):
 
 @dataclass
 class Tally:
-    """asked: pages that QEMU asked for.  waited: seconds from a request to its page's last byte, when: from the server's
-    start to the request.  order: what was asked for, in the order of first requests.  sent: pages in all.  bytes: that
-    left."""
+    """asked: pages that QEMU asked for; order: these, as they were asked for.  when: seconds from the server's start to
+    a request; waited: from there to its page's last byte.  sent: pages in all.  bytes: that left."""
 
     asked: int = 0
     sent: int = 0

@@ -106,6 +106,10 @@ class Peeked:
             return True
         return False
 
+    def closed(self) -> bool:
+        """Nothing comes any more."""
+        return not self._qemu.recv(1, socket.MSG_PEEK)
+
     def drop(self, view: memoryview) -> None:
         """These bytes, the oldest ones, are not for the sink."""
         self._take(len(view) - self._of_taken(view))
@@ -146,11 +150,13 @@ def answer(qemu: socket.socket, status: int) -> None:
 class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
 
-    whole: the commands that ask for a return path stay.
+    whole: the commands that ask for a return path stay.  closing: QEMU closes its end when it has sent all, for it has
+    no return path.
     """
 
-    def __init__(self, qemu: socket.socket, sink: int, *, whole: bool = False) -> None:
+    def __init__(self, qemu: socket.socket, sink: int, *, whole: bool = False, closing: bool = False) -> None:
         self._qemu = qemu
+        self._closing = closing
         self._whole = whole
         self._peeked = Peeked(qemu, sink)
         self._reader = StateReader(self, self._pass)
@@ -175,7 +181,7 @@ class Outgoing:
         except Damaged as error:
             raise CannotDo(f"QEMU's stream is not as it should be: {error}", *error.hints) from error
         # A guest can put what looks like an end into a device.
-        if not court.ended or not self._peeked.quiet():
+        if not court.ended or not (self._peeked.closed() if self._closing else self._peeked.quiet()):
             raise CannotDo(f"QEMU's stream does not end as it should, at offset {reader.window.offset}")
         reader.window.flush()
         return court.state

@@ -125,13 +125,19 @@ def pause(lab: Lab) -> Iterator[Row]:
 
         return measured(work)
 
-    runners = {"live": ours, "stop": lambda: ours("--stop"), "their live": lambda: theirs(False)}
+    def snapshot() -> float:
+        return measured(lambda: pipeline(["vm-dump", "-q", "--snapshot", guest.qmp], SINK))
+
+    runners = {"live": ours, "stop": lambda: ours("--stop"), "their live": lambda: theirs(False), "snapshot": snapshot}
     taken = interleave(lab.rounds, {**runners, "their stop": lambda: theirs(True)})
     lab.stand(guest)
     yield Row("pause", "vm-dump", "vm-dump --stop", "how long the guest stands", "s", taken["live"], taken["stop"])
     yield Row("pause", "vm-dump", "stop, migrate, cont", "the same", "s", taken["live"], taken["their stop"])
     yield Row("pause", "vm-dump", "migrate, cont", "the same", "s", taken["live"], taken["their live"])
     yield Row("pause", "vm-dump --stop", "stop, migrate, cont", "the same", "s", taken["stop"], taken["their stop"])
+    mine, its = "vm-dump --snapshot", taken["snapshot"]
+    yield Row("pause", mine, "stop, migrate, cont", "the same", "s", its, taken["their stop"], 20)
+    yield Row("pause", mine, "migrate, cont", "the same", "s", its, taken["their live"], 3)
 
 
 def _migrate_here(guest: Guest) -> None:

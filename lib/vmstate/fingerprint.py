@@ -1,4 +1,4 @@
-"""A number of 64 bits for the content of each page, by which pages are found to be the same; numpy's one home.
+"""A number of 64 bits for the content of each page, by which pages are found to be the same.
 
 The numbers are of no use against whoever wants two pages to look the same; two that differ by chance do so here with
 one chance in 2 to the 64.

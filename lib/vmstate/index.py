@@ -1,12 +1,13 @@
 """Where in a stream the last copy of each guest page lies, as the index of a .vmz has it (docs/vmz.md)."""
 
 import json
+import re
 import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import vmz
 from .check import State
@@ -14,18 +15,13 @@ from .errors import Damaged
 from .pages import AGAIN, NORMAL, PageMap
 from .records import Block, Blocks, Description, Devices, Packed, Pages, Record
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Runs = NDArray[np.int64]
-
 # A page that was sent last as a difference or packed by zlib: what lies there is the record, not the page.
 PACKED = 8
 # Pages that are looked at at once: 4 GiB of RAM
 WINDOW = 1 << 20
-# New runs, and pages in them, that are kept before they are laid over the old ones
-MOST_RUNS, MOST_PAGES = 1 << 18, 1 << 22
+SAME = re.compile(rb"(.)\1*", re.DOTALL)
+# Runs, and pages in them, that are kept before those are thrown away over which others lie
+MOST_RUNS, MOST_PAGES = 1 << 18, 1 << 23
 BLOCK_HEAD = struct.Struct("<HQIQI")  # size of the name, of the block, of a page; pages sent again; runs
 
 
@@ -75,99 +71,87 @@ class _Layers:
     """
 
     def __init__(self) -> None:
-        self.stride = 0
-        self._old: Runs | None = None
-        self._new = array("q")
-        self._pages = 0
+        self._runs = array("q")
+        # Runs and pages that may lie over others
+        self._loose = self._pages = 0
 
     def add(self, record: Pages) -> None:
-        self.stride = record.stride
-        place, page, new = record.offset + record.first, record.page, self._new
+        place, page, runs = record.offset + record.first, record.page, self._runs
         for address, count in record.runs:
-            new.extend((address // page, count, place))
+            runs.extend((address // page, count, place))
             place += count * record.stride
-        self._pages += record.count
-        if len(new) > 3 * MOST_RUNS or self._pages > MOST_PAGES:
-            self._settle()
+        self._grown(len(record.runs), record.count, 8 + page)
 
     def add_packed(self, record: Packed) -> None:
-        self.stride = self.stride or 8 + record.page
-        self._new.extend((record.address // record.page, 1, -record.offset))
-        self._pages += 1
+        self._runs.extend((record.address // record.page, 1, -record.offset))
+        self._grown(1, 1, 8 + record.page)
 
-    def _settle(self) -> None:
-        """Lay the new runs over the old ones."""
-        import numpy as np
+    def _grown(self, runs: int, pages: int, stride: int) -> None:
+        self._loose += runs
+        self._pages += pages
+        if self._loose > MOST_RUNS or self._pages > MOST_PAGES:
+            last = self.last(stride)
+            self._runs = array("q")
+            for run in last:
+                self._runs.extend(run)
+            # Twice as many as there were, so that this is not done again and again.
+            self._loose, self._pages = -len(last), -sum(count for _, count, _ in last)
 
-        runs = self._all()
-        pieces = [runs[:0]]
-        for first in range(0, int((runs[:, 0] + runs[:, 1]).max(initial=0)), WINDOW):
-            places = self._painted(runs, first, WINDOW)
-            pieces.append(_runs_of(places, self.stride, first))
-        self._old = np.concatenate(pieces)
-        self._new, self._pages = array("q"), 0
-
-    def _all(self) -> "Runs":
-        import numpy as np
-
-        new = np.frombuffer(self._new, np.int64).reshape(-1, 3)
-        return new if self._old is None else np.concatenate((self._old, new))
-
-    def places(self, first: int, count: int) -> "Runs":
-        """Where each of `count` pages from `first` on lies; 0 where none was sent."""
-        return self._painted(self._all(), first, count)
-
-    def _painted(self, runs: "Runs", first: int, size: int) -> "Runs":
-        import numpy as np
-
-        begin = np.maximum(runs[:, 0], first)
-        end = np.minimum(runs[:, 0] + runs[:, 1], first + size)
-        some = begin < end
-        place = (runs[:, 2] + (begin - runs[:, 0]) * self.stride)[some]
-        begin, counts = begin[some], (end - begin)[some]
-        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        painted = np.zeros(size, np.int64)
-        # Of several copies of a page the last one stays.
-        painted[np.repeat(begin - first, counts) + inside] = np.repeat(place, counts) + inside * self.stride
-        return painted
-
-
-def _runs_of(places: "Runs", stride: int, first: int) -> "Runs":
-    """The runs of the pages that lie somewhere."""
-    import numpy as np
-
-    begins = np.flatnonzero(np.concatenate(([True], np.diff(places) != stride)) | (places <= 0))
-    counts = np.diff(np.append(begins, len(places)))
-    some = places[begins] != 0
-    return np.stack((begins[some] + first, counts[some], places[begins[some]]), axis=1)
+    def last(self, stride: int) -> list[tuple[int, int, int]]:
+        """Where the last copy of each page lies: runs that do not lie over each other, by their first pages."""
+        runs, covered, found = self._runs, bytearray(), []
+        for at in range(len(runs) - 3, -3, -3):
+            start, count, place = runs[at : at + 3]
+            end = start + count
+            if end > len(covered):
+                covered.extend(bytes(end - len(covered)))
+            while (start := covered.find(0, start, end)) >= 0:
+                behind = covered.find(1, start, end)
+                behind = end if behind < 0 else behind
+                found.append((start, behind - start, place + (start - end + count) * stride if place > 0 else place))
+                covered[start:behind] = b"\1" * (behind - start)
+                start = behind
+        found.sort()
+        return found
 
 
 def _block_record(page_map: PageMap, layers: _Layers) -> bytes:
     """Name and facts of a block; then, as one frame, columns: length and kind of each run, and a jump for each run of
     pages whose content lies somewhere: how far behind the last one's end."""
-    import numpy as np
-
-    counts, kinds, jumps, end = [], [], [], 0
-    for first in range(0, page_map.pages, WINDOW):
-        kind = np.frombuffer(page_map.kinds(first, WINDOW), np.uint8)
-        places = layers.places(first, len(kind))
-        there = kind & NORMAL != 0
-        kind = kind | np.where(there & (places < 0), PACKED, 0).astype(np.uint8)
-        places = np.where(there, np.abs(places), 0)
-        goes_on = ~there[1:] | ((np.diff(places) == layers.stride) & (kind[1:] & PACKED == 0))
-        begins = np.flatnonzero(np.concatenate(([True], (np.diff(kind) != 0) | ~goes_on)))
-        lengths = np.diff(np.append(begins, len(kind)))
-        placed = there[begins]
-        starts, ends = places[begins[placed]], places[begins[placed]] + lengths[placed] * layers.stride
-        jumps.append(starts - np.concatenate(([end], ends[:-1])))
-        end = int(ends[-1]) if len(ends) else end
-        counts.append(lengths.astype("<u4"))
-        kinds.append(kind[begins])
+    stride = 8 + page_map.page
+    counts, kinds, jumps, end = array("I"), bytearray(), array("q"), 0
+    for count, kind, place in _runs(page_map, layers.last(stride)):
+        # Neighbours that lie one behind the other are one run.
+        if kind & NORMAL and kinds and kinds[-1] == kind and place == end and not kind & PACKED:
+            counts[-1] += count
+        else:
+            counts.append(count)
+            kinds.append(kind)
+            if kind & NORMAL:
+                jumps.append(place - end)
+        if kind & NORMAL:
+            end = place + count * stride
     name = page_map.block.name
-    number = sum(map(len, counts))
-    head = BLOCK_HEAD.pack(len(name), page_map.block.size, page_map.page, page_map.again, number) + name
-    columns = [np.concatenate(column) for column in (counts, kinds, jumps)]
-    return head + vmz.pack(b"".join((columns[0].tobytes(), columns[1].tobytes(), columns[2].astype("<i8").tobytes())))
+    head = BLOCK_HEAD.pack(len(name), page_map.block.size, page_map.page, page_map.again, len(counts)) + name
+    return head + vmz.pack(vmz.packed(counts) + bytes(kinds) + vmz.packed(jumps))
+
+
+def _runs(page_map: PageMap, last: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Length, kind and place of runs that cover the block; place 0 for pages that have no content."""
+    stride, number = 8 + page_map.page, 0
+    for first in range(0, page_map.pages, WINDOW):
+        for same in SAME.finditer(page_map.kinds(first, WINDOW)):
+            at, end, kind = first + same.start(), first + same.end(), same[0][0]
+            if not kind & NORMAL:
+                yield end - at, kind, 0
+                continue
+            while at < end:
+                while last[number][0] + last[number][1] <= at:
+                    number += 1
+                start, count, place = last[number]
+                behind = min(end, start + count)
+                yield behind - at, kind | (PACKED if place < 0 else 0), abs(place) + (at - start) * stride
+                at = behind
 
 
 @dataclass(frozen=True)

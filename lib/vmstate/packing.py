@@ -1,9 +1,7 @@
 """The jobs of `vm-compress`: a state, judged on its way, into a .vmz; a .vmz or a zstd file back; what a file says."""
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from importlib import import_module
 from typing import Any
 
 from . import compression, vmz
@@ -46,8 +44,6 @@ def _all(source: Reader, writer: vmz.Writer) -> list[tuple[int, bytes]]:
 
 
 def _state(source: Reader, writer: vmz.Writer) -> list[tuple[int, bytes]]:
-    # It is needed at the end only.
-    threading.Thread(target=import_module, args=("numpy",), daemon=True).start()
     places = Places()
     state = judge(source, writer.write, places.see)
     return places.records(state)

@@ -92,19 +92,19 @@ class Tally:
         self.digests.append(digest_)
 
     def totals(self) -> bytes:
-        return TOTALS.pack(self.content, self.offset, len(self.digests), digest(_bytes(self.digests)))
+        return TOTALS.pack(self.content, self.offset, len(self.digests), digest(packed(self.digests)))
 
     def seek_table(self) -> bytes:
         """The last frame, all of it; to be asked for once the end record has `passed`."""
         count = len(self.seek) // 3
         end = SEEK_END.pack(count, SEEK_CHECKSUMS, SEEK_MAGIC)
-        return zstd.skippable(SEEK, _bytes(self.seek) + end)
+        return zstd.skippable(SEEK, packed(self.seek) + end)
 
     def groups(self) -> bytes:
-        return b"".join(map(_bytes, (self.contents, self.packed, self.digests)))
+        return b"".join(map(packed, (self.contents, self.packed, self.digests)))
 
 
-def _bytes(column: "array[int]") -> bytes:
+def packed(column: "array[int]") -> bytes:
     """Little-endian, whatever this machine's order."""
     if struct.pack("=H", 1) != struct.pack("<H", 1):
         column = array(column.typecode, column)
@@ -113,7 +113,7 @@ def _bytes(column: "array[int]") -> bytes:
 
 
 def numbers(data: bytes, code: str = "I") -> "array[int]":
-    """What `_bytes` made bytes of."""
+    """What `packed` made bytes of."""
     column = array(code, data)
     if struct.pack("=H", 1) != struct.pack("<H", 1):
         column.byteswap()

@@ -174,8 +174,8 @@ def saved(gnupg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     script = """
         vm-dump -q a.qmp > s.state && vm-cont a.qmp && vm-dump -q --stop a.qmp | gzip -c > STATEFILE.gz
-        zstd -q s.state -o s.vmz && gzip -1 -c s.state > s.gz
-        gzip -c -d STATEFILE.gz | zstd -q -o later.vmz
+        vm-compress -o s.vmz s.state && gzip -1 -c s.state > s.gz
+        gzip -c -d STATEFILE.gz | vm-compress -o later.vmz
         for file in s.state s.vmz; do gpg -q -e -z 0 -r me@example.org -o $file.gpg $file; done
         mv s.state.gpg STATEFILE.gpg
         cp s.vmz state.vmz && cp s.vmz.gpg state.vmz.gpg

@@ -14,7 +14,7 @@ from .reader import StateReader
 from .records import Blocks, Description, Devices
 
 # What a file that is not packed is read by
-PIECE = 160 << 10
+PIECE = 192 << 10
 
 
 class StateFile:

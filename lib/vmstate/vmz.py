@@ -21,8 +21,8 @@ from .octets import Reader, exactly, fill, memory, read_up_to, write_all
 
 VERSION = 1
 # Measured on guests' RAM: with less the file grows, with more a page takes longer than half a millisecond.
-FRAME = 160 << 10
-GROUP = 25 * FRAME
+FRAME = 192 << 10
+GROUP = 21 * FRAME
 # What a reader takes of others
 LEAST_FRAME, MOST_FRAME = 64 << 10, 1 << 20
 MOST_GROUP = 4 << 20

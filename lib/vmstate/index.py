@@ -230,6 +230,17 @@ def parse_blocks(records: dict[int, list[bytes]], offset: int) -> dict[bytes, Bl
     return {block.block.name: block for block in found}
 
 
+def parse(tally: vmz.Tally, records: dict[int, list[bytes]]) -> tuple[dict[str, Any] | None, dict[bytes, BlockIndex]]:
+    """The facts about the state, and its blocks, of a file whose end record is known; (None, {}) where it has no index.
+
+    Damaged where it has none, though it is said to hold a state.
+    """
+    facts, blocks = parse_facts(records, tally.offset), parse_blocks(records, tally.offset)
+    if not tally.flags & vmz.OTHER_BYTES and not (facts and blocks):
+        raise Damaged(f"end record at offset {tally.offset}: the index of the state is missing")
+    return facts, blocks
+
+
 def parse_facts(records: dict[int, list[bytes]], offset: int) -> dict[str, Any] | None:
     """What the index says of the state; None where there is no index.  Damaged where it cannot be read."""
     if vmz.REC_STATE not in records:

@@ -5,27 +5,25 @@ Here the part that talks to QEMU and the part that reads states meet: a server o
 
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 
 import xxhash
 
-from . import compression, layout, marks
+from . import compression, marks
 from .command import hold_signals, no_more_signals, release_signals
 from .compare import Against
-from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Stopped, Unsettled, VmstateError
+from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
 from .guest import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, wait_for
 from .monitor import Monitor
 from .octets import channel
-from .pageserver import Lost, PageServer, Place, Tally, have_of
-from .postcopy import NoIndex, NotLazy, Opening, ReturnPath, command, opening_of
+from .pageserver import Lost, PageServer, Place, Tally
+from .postcopy import NoIndex, NotLazy, Opening, opening_of
 from .process import Process, check_arguments
 from .report import Report
 from .restore import Outcome, nics_of
+from .serving import Recovered, Serving, recover
 from .statefile import RawFile, StateFile, state_of
 from .vmzfile import vmz_file
 from .waiting import Waiting, refusal, require_waiting
@@ -96,18 +94,15 @@ class Lazy:
         self._process: Process | None = None
         self._found = Found()
         self._ours: socket.socket | None = None
-        self._server: PageServer | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._first = b""
-        self._error: BaseException | None = None
+        self._serving: Serving | None = None
         self._halted = self._was_halted = False
+        self._unsettled: Unsettled | None = None
         self.path = plan.path or ""
         self.seconds = 0.0
 
     @property
     def tally(self) -> Tally:
-        return self._server.tally if self._server else Tally()
+        return self._serving.server.tally if self._serving else Tally()
 
     def start(self) -> Outcome:
         """The guest runs (or stands, where it is to); what `Restore.run` gives."""
@@ -136,26 +131,15 @@ class Lazy:
         return self._file.content
 
     def wait(self) -> None:
-        """`finish`; a signal has all that is left be sent first."""
-        try:
-            self.finish()
-        except Stopped:
-            assert self._server
-            self._server.finish_up()
-            self.finish()
+        """Until QEMU has everything, or the guest is gone that was to be served as long as it lives.
 
-    def finish(self) -> None:
-        """Wait until QEMU has everything, or the guest is gone that was to be served as long as it lives.
-
-        Damaged where the file is, Unsettled where the guest runs on and lacks pages.
+        A signal has all that is left be sent first.  Damaged where the file is, Unsettled where the guest runs on and
+        lacks pages.
         """
-        # Not by `join`: a signal that interrupts it makes Python 3.11 take the thread for ended.
-        while not self._ended.wait(0.5):
-            if self._server and self._server.damage and not self._halted:
-                self._halt()
+        assert self._serving
+        error = self._serving.wait(self._halt)
         if self._ours:
             self._ours.close()
-        error = self._error or (self._server.damage if self._server else None)
         if isinstance(error, Damaged):
             raise self._damaged(error) from error
         if error is not None:
@@ -163,6 +147,8 @@ class Lazy:
             return
         wait_for(self.path, lambda standing: not standing.moving, 60, "to complete")
         patiently(self.path, self._afterwards)
+        if self._unsettled:
+            raise self._unsettled
 
     # the beginning
 
@@ -170,8 +156,7 @@ class Lazy:
         run = self._state.runstate in RUNS if self._plan.run is None else self._plan.run
         self._require_fit()
         self._ours, theirs = channel(ROOM)
-        self._make_server(self._ours.fileno())
-        self._first = self._opening.stream()
+        serving = self._make_serving(self._ours.fileno())
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
             hold_signals()
@@ -180,7 +165,7 @@ class Lazy:
             Waiting.incoming(monitor)
             theirs.close()
             release_signals()
-            self._thread.start()
+            serving.start(self._opening.stream())
             return self._until_it_runs(monitor, run)
 
     def _require_fit(self) -> None:
@@ -215,16 +200,17 @@ class Lazy:
                     raise refusal(standing.reason, True)
                 if standing.run in RUNS or (standing.run == "paused" and _crossed(standing)):
                     break
-                if self._error:
-                    raise self._error
+                if self._serving and self._serving.error:
+                    raise self._serving.error
                 if time.monotonic() > give_up:
                     raise CannotDo(f"QEMU has not loaded the devices within {STARTS:.0f} s")
                 time.sleep(0.001)
         except (GuestGone, Lost) as error:
             raise self._refusal(error) from error
         if run and standing.run == "paused":
+            # It is served nevertheless, and said when that is done.
             words = f"the guest at {self.path} is loaded, but stands paused: QEMU could not take its disks"
-            raise Unsettled(words, f"once their other user is gone: vm-cont {self.path}")
+            self._unsettled = Unsettled(words, f"once their other user is gone: vm-cont {self.path}")
         return standing.run
 
     def _refusal(self, error: VmstateError) -> VmstateError:
@@ -239,19 +225,11 @@ class Lazy:
     # a guest that has lost its server
 
     def _take_up(self) -> str:
-        folder = tempfile.mkdtemp(prefix="vmstate-")
-        place = os.path.join(folder, "channel")
-        try:
-            with Monitor(self.path) as monitor:
-                standing = self._require_lost(monitor)
-                monitor.urge("migrate-recover", uri=f"unix:{place}")
-            self._ours = _connected(place)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        have = have_of(self._opening, _bitmaps(self._ours, self._opening))
-        self._make_server(self._ours.fileno(), have)
-        self._first = self._opening.part()
-        self._thread.start()
+        with Monitor(self.path) as monitor:
+            standing = self._require_lost(monitor)
+            found = recover(monitor, self._opening)
+        self._ours = found.end
+        self._make_serving(found.end.fileno(), found).start(self._opening.part())
         return patiently(self.path, self._run_on) if self._was_halted else standing.run
 
     def _require_lost(self, monitor: Monitor) -> Standing:
@@ -276,29 +254,23 @@ class Lazy:
 
     # the server
 
-    def _make_server(self, fd: int, have: dict[bytes, bytearray] | None = None) -> None:
+    def _make_serving(self, fd: int, found: Recovered | None = None) -> Serving:
         plan = self._plan
-        self._server = PageServer(
-            self._file, self._opening, fd, fd, on_demand=plan.on_demand, first=plan.first, have=have
-        )
-
-    def _serve(self) -> None:
-        assert self._server
-        try:
-            self._server.run(self._first)
-        except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
-            self._error = error
-        self._ended.set()
+        server = PageServer(self._file, self._opening, fd, fd, on_demand=plan.on_demand, first=plan.first)
+        if found:
+            server.take_up(found.bitmaps, found.path, found.said)
+        self._serving = Serving(server)
+        return self._serving
 
     def _halt(self) -> None:
         """A page that nobody has asked for cannot be read: stop the guest while all that is asked for can be."""
-        assert self._server
+        assert self._serving
         self._halted = True
         with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
             if look(monitor).run in RUNS:
                 monitor.ask("stop")
                 marks.put(monitor, marks.HALTED)
-        self._server.give_up()
+        self._serving.server.give_up()
 
     # the end
 
@@ -350,62 +322,28 @@ def _crossed(standing: Standing) -> bool:
     return standing.migration in ("postcopy-active", "postcopy-paused", "completed")
 
 
-def _connected(place: str) -> socket.socket:
-    """QEMU listens there, or is about to."""
-    end = socket.socket(socket.AF_UNIX)
-    give_up = time.monotonic() + 10
-    while True:
-        try:
-            end.connect(place)
-            return end
-        except OSError as error:
-            if time.monotonic() > give_up:
-                end.close()
-                raise CannotDo(f"QEMU does not take up its restore: {error.strerror}") from error
-            time.sleep(0.01)
-
-
-def _bitmaps(end: socket.socket, opening: Opening) -> dict[bytes, bytes]:
-    """Which pages QEMU has, by block; when this returns it waits for the others."""
-    path = ReturnPath()
-    found: dict[bytes, bytes] = {}
-    end.settimeout(30)
-    try:
-        end.sendall(opening.ask_bitmaps())
-        while len(found) < len(opening.blocks):
-            for said in path.feed(_some(end)):
-                if said.kind == layout.MIG_RP_MSG_RECV_BITMAP:
-                    found[said.block] = said.bitmap
-        end.sendall(command(layout.MIG_CMD_POSTCOPY_RESUME))
-        while not any(said.kind == layout.MIG_RP_MSG_RESUME_ACK for said in path.feed(_some(end))):
-            pass
-    except OSError as error:
-        raise CannotDo(f"QEMU does not take up its restore: {error}") from error
-    end.settimeout(None)
-    return found
-
-
-def _some(end: socket.socket) -> bytes:
-    data = end.recv(64 << 10)
-    if not data:
-        raise Lost("QEMU has closed its channel")
-    return data
-
-
-def stdio(fd: int, on_demand: bool, first: list[Place]) -> None:
+def stdio(fd: int, on_demand: bool, first: list[Place]) -> Tally:
     """For a QEMU that runs us as its `-incoming exec:`, over standard input and output."""
     file = open_state(fd)
     opening = opening_of(file)
     state_of(file)
     server = PageServer(file, opening, 0, 1, on_demand=on_demand, first=first)
-    try:
-        server.run(opening.stream())
-    except Lost as error:
+    serving = Serving(server)
+    serving.start(opening.stream())
+    error = serving.wait(server.give_up)
+    if isinstance(error, Lost):
         if not server.tally.asked:
             hint = "start QEMU with: -global migration.x-postcopy-ram=on"
             raise CannotDo(f"QEMU does not take the state: {error}; its own words say why", hint) from error
-        hint = "vm-restore --resume --i-am-sure GUEST < STATE.vmz"
-        raise Unsettled(f"the guest runs, and lacks pages: {error}", hint) from error
+        raise Unsettled(f"the guest runs, and lacks pages: {error}", STDIO_RESUME) from error
+    if isinstance(error, Damaged):
+        raise Damaged(f"{error}; the guest stands still as soon as it needs it", STDIO_RESUME) from error
+    if error is not None:
+        raise error
+    return server.tally
+
+
+STDIO_RESUME = "with a good copy of the state: vm-restore --resume --i-am-sure GUEST < STATE.vmz"
 
 
 def outcome_of(path: str, report: Report) -> Outcome:

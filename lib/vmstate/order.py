@@ -9,6 +9,8 @@ from .errors import CannotDo, Damaged
 
 HEAD = "vmstate order 1"
 Place = tuple[bytes, int]
+# Pages that are read of a record: 8 GiB, the first that a guest wanted
+MOST = 1 << 21
 
 
 def write(path: str, order: Iterable[Place]) -> None:
@@ -35,7 +37,7 @@ def _runs(order: Iterable[Place]) -> list[tuple[bytes, int, int]]:
 
 
 def read(path: str) -> list[Place]:
-    """The pages in their order; CannotDo where there is no file, Damaged where it is another."""
+    """The pages in their order, at most `MOST`; CannotDo where there is no file, Damaged where it is another."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().splitlines()
@@ -47,7 +49,8 @@ def read(path: str) -> list[Place]:
     for number, line in enumerate(lines[1:], 2):
         name, _, rest = line.rpartition(" ")
         name, _, first = name.rpartition(" ")
-        if not (name and first.isdecimal() and rest.isdecimal() and int(rest) < 1 << 32 and len(found) < 1 << 24):
+        if not (name and first.isdecimal() and rest.isdecimal() and int(first) < 1 << 52):
             raise Damaged(f"{path}, line {number}: expected BLOCK PAGE COUNT, found '{line[:60]}'")
-        found += [(name.encode(errors="surrogateescape"), int(first) + at) for at in range(int(rest))]
+        count = min(int(rest), MOST - len(found))
+        found += [(name.encode(errors="surrogateescape"), int(first) + at) for at in range(count)]
     return found

@@ -7,7 +7,7 @@ from typing import Any
 from . import compression, vmz
 from .check import judge
 from .errors import CannotDo, Damaged
-from .index import Places, parse_blocks, parse_facts
+from .index import Places, parse
 from .octets import HOLD, Pushback, Reader, blocks, read_up_to, write_all
 from .vmzfile import vmz_file
 from .zstd import Unzstd
@@ -67,9 +67,8 @@ def decompress(source: Reader, fd: int | None, threads: int = 0, *, other: bool 
     else:
         content = unvmz = vmz.Unvmz(whole, threads=threads)
         if other or vmz.is_state(first):
-            for piece in _held(unvmz.pieces()):
+            for piece in _held(_whole(unvmz)):
                 written(piece)
-            _check_index(unvmz)
             return written.count
     if other:
         for block in blocks(content):
@@ -108,10 +107,11 @@ def _held(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield from held
 
 
-def _check_index(unvmz: vmz.Unvmz) -> None:
+def _whole(unvmz: vmz.Unvmz) -> Iterator[bytes]:
+    """The content, with its index proven before the end is reached."""
+    yield from unvmz.pieces()
     assert unvmz.records is not None
-    parse_blocks(unvmz.records, unvmz.tally.offset)
-    parse_facts(unvmz.records, unvmz.tally.offset)
+    parse(unvmz.tally, unvmz.records)
 
 
 def listing(source: Reader, fd: int) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def listing(source: Reader, fd: int) -> dict[str, Any]:
         tally, records = unvmz.tally, unvmz.records
         size, frames = tally.offset, sum(-(-content // tally.size) for content in tally.contents)
     index = sum(len(data) for kind in (vmz.REC_STATE, vmz.REC_BLOCK) for data in records.get(kind, ()))
-    facts = parse_facts(records, 0) or {}
-    found = parse_blocks(records, 0).values()
+    facts, indexed = parse(tally, records)
+    found, facts = indexed.values(), facts or {}
     return {
         "machine": facts.get("machine"),
         "runstate": facts.get("runstate"),

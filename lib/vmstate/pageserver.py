@@ -61,7 +61,7 @@ class Tally:
 class PageServer:
     """`run` until QEMU has everything.  reading, writing: the two directions of its channel; `run` leaves them open.
 
-    have: pages that QEMU has already, a byte for each page of each block.  first: pages to be sent before the rest.
+    first: pages to be sent before the rest.
     on_demand: nothing but what is asked for, until `finish_up` is called.
     """
 
@@ -74,16 +74,16 @@ class PageServer:
         *,
         on_demand: bool = False,
         first: Iterable[Place] = (),
-        have: dict[bytes, bytearray] | None = None,
     ) -> None:
         self._file = file
         self._opening = opening
         self._reading, self._writing = reading, writing
         self._on_demand = on_demand
-        self._have = have or {name: bytearray(-(-size // PAGE)) for name, size in opening.blocks.items()}
+        self._have = {name: bytearray(-(-size // PAGE)) for name, size in opening.blocks.items()}
         self._runs = _runs(file)
         self._places = array("Q", (place for place, _, _, _ in self._runs))
         self._path = ReturnPath()
+        self._said: list[Said] = []
         self._out: deque[memoryview] = deque()
         self._block: bytes | None = None
         self._queued = 0
@@ -102,6 +102,12 @@ class PageServer:
         self._give_up = False
         self.damage: Damaged | None = None
         self.tally = Tally()
+
+    def take_up(self, bitmaps: dict[bytes, bytes], path: ReturnPath, said: list[Said]) -> None:
+        """QEMU has the pages of `bitmaps`; on this channel it has `said` something, and `path` may hold more."""
+        self._have = have_of(self._opening, bitmaps)
+        self._path = path
+        self._said = said
 
     # for other threads
 
@@ -130,6 +136,8 @@ class PageServer:
             os.set_blocking(fd, False)
         try:
             self._put(memoryview(first))
+            for said in [*self._said, *self._path.feed(b"")]:
+                self._answer(said)
             while not self._over and not (self._give_up and not self._out):
                 if not self._out and not self._closed:
                     self._fill()

@@ -43,7 +43,7 @@ TABLE_HEAD = struct.Struct("<QI")  # digest of what follows, content of the grou
 TABLE_ENTRY = struct.Struct("<IQ")  # packed size, digest of the packed bytes
 TABLE_LIMIT = TABLE_HEAD.size + MOST_FRAMES * TABLE_ENTRY.size
 RECORD_HEAD = struct.Struct("<HHI")  # kind, 0, size
-TOTALS = struct.Struct("<QQIQ")  # content, packed bytes before the end record, groups, digest of their tables' digests
+TOTALS = struct.Struct("<QQIQ")  # content, packed bytes before the end record, groups, digest of all before it
 SEEK_ENTRY = struct.Struct("<III")  # packed size, content, low half of the content's XXH64
 SEEK_END = struct.Struct("<IBI")  # frames, descriptor, magic
 SEEK_MAGIC, SEEK_CHECKSUMS = 0x8F92EAB1, 0x80
@@ -91,8 +91,13 @@ class Tally:
         self.packed.append(self.offset - before)
         self.digests.append(digest_)
 
+    def head(self) -> bytes:
+        """What is in the first frame."""
+        return HEAD_FORM.pack(b"VMZ", VERSION, self.size, self.flags)
+
     def totals(self) -> bytes:
-        return TOTALS.pack(self.content, self.offset, len(self.digests), digest(packed(self.digests)))
+        proof = digest(self.head() + packed(self.digests))
+        return TOTALS.pack(self.content, self.offset, len(self.digests), proof)
 
     def seek_table(self) -> bytes:
         """The last frame, all of it; to be asked for once the end record has `passed`."""
@@ -172,7 +177,7 @@ class Writer:
         self._buffer = self._free.pop()
         self._filled = 0
         self.tally = Tally(FRAME, OTHER_BYTES if other else 0)
-        head = zstd.skippable(HEAD, HEAD_FORM.pack(b"VMZ", VERSION, FRAME, self.tally.flags))
+        head = zstd.skippable(HEAD, self.tally.head())
         write_all(fd, head)
         self.tally.passed(len(head))
 
@@ -299,6 +304,7 @@ def parse_table(raw: bytes, size: int, offset: int) -> Table:
     content = int.from_bytes(raw[8:12], "little")
     sizes, digests = zip(*TABLE_ENTRY.iter_unpack(raw[TABLE_HEAD.size :]), strict=True)
     sensible = content <= MOST_GROUP and -(-content // size) == count
+    sensible = sensible and sum(sizes) <= MOST_PACKED
     if not sensible or not all(8 <= packed <= size + size // 64 for packed in sizes):
         raise Damaged(f"table of frames at offset {offset} makes no sense: {count} frames for {content} bytes")
     return Table(raw, content, sizes, digests)

@@ -43,7 +43,7 @@ class VmzFile(StateFile):
         self._tables: dict[int, tuple[list[int], vmz.Table]] = {}
         self._lock = Lock()
         self._own = local()
-        self.blocks = index.parse_blocks(self.records, self.end)
+        self._facts, self.blocks = index.parse(self.tally, self.records)
         size = self.tally.size
         starts = zip(self._starts, self.tally.contents, strict=True)
         self.pieces = array("Q", (at for start, count in starts for at in range(start, start + count, size)))
@@ -114,7 +114,7 @@ class VmzFile(StateFile):
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        return index.parse_facts(self.records, self.end)
+        return self._facts
 
     def read(self, offset: int, count: int) -> memoryview:
         if offset < 0 or offset + count > self.content:

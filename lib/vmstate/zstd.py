@@ -53,8 +53,8 @@ def unpacker() -> Callable[[bytes | memoryview, int, int], bytes]:
     def unpack(frame: bytes | memoryview, size: int, offset: int) -> bytes:
         try:
             # What it says itself is believed only where it is what was expected: it could be any size.
-            if content_size(frame) != size:
-                raise Damaged(f"frame at offset {offset} is not of {size} bytes, as the table before it has it")
+            if content_size(frame) != size or not zstandard.get_frame_parameters(frame).has_checksum:
+                raise Damaged(f"frame at offset {offset} is not of {size} bytes with a checksum, as was expected")
             return made.decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise Damaged(f"corrupt frame at offset {offset}: {_words(error)}") from error

@@ -98,7 +98,7 @@ class Records:
     blocks: list[Ram] = field(default_factory=list)
 
 
-def records(body: bytes) -> Records:
+def records(head: bytes, body: bytes) -> Records:
     """What is in an end record; its totals and its groups are held against each other."""
     assert digest(body[8:]) == int.from_bytes(body[:8], "little")
     at, found = 8, []
@@ -114,7 +114,7 @@ def records(body: bytes) -> Records:
     content, packed, count, chain = struct.unpack("<QQIQ", dict(found)[TOTALS])
     columns = unpack(dict(found)[GROUPS])
     numbers = struct.unpack(f"<{count}I{count}I{count}Q", columns)
-    assert digest(columns[8 * count :]) == chain
+    assert digest(head + columns[8 * count :]) == chain
     made = Records(content, packed)
     made.groups = list(zip(numbers[:count], numbers[count : 2 * count], numbers[2 * count :], strict=True))
     assert sum(group[0] for group in made.groups) == content
@@ -143,7 +143,7 @@ class Pipe:
         while (found := self.skippable())[0] == TABLE:
             self.group(found[1])
         assert found[0] == END
-        self.records = records(found[1])
+        self.records = records(data[8:20], found[1])
         end = self.seek.pop()
         packed = sum(entry[0] for entry in self.seek)
         assert (self.records.content, self.records.packed) == (len(self.content), packed)
@@ -201,7 +201,7 @@ class File:
         assert struct.unpack_from("<II", self.data, seek) == (SEEK, 12 * count + 9)
         end = seek - struct.unpack_from("<I", self.data, len(self.data) - 9 - 12)[0]
         assert struct.unpack_from("<II", self.data, end) == (END, seek - end - 8)
-        self.records = records(self.data[end + 8 : seek])
+        self.records = records(self.data[8:20], self.data[end + 8 : seek])
         assert self.records.packed == end
         self.starts = list(accumulate((group[0] for group in self.records.groups), initial=0))
         self.places = list(accumulate((group[1] for group in self.records.groups), initial=20))

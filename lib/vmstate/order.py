@@ -49,7 +49,8 @@ def read(path: str) -> list[Place]:
     for number, line in enumerate(lines[1:], 2):
         name, _, rest = line.rpartition(" ")
         name, _, first = name.rpartition(" ")
-        if not (name and first.isdecimal() and rest.isdecimal() and int(first) < 1 << 52):
+        short = len(first) < 20 and len(rest) < 21
+        if not (name and short and first.isdecimal() and rest.isdecimal() and int(first) < 1 << 52):
             raise Damaged(f"{path}, line {number}: expected BLOCK PAGE COUNT, found '{line[:60]}'")
         count = min(int(rest), MOST - len(found))
         found += [(name.encode(errors="surrogateescape"), int(first) + at) for at in range(count)]

@@ -150,9 +150,8 @@ class Serving:
     def __init__(self, file: StateFile, **kwargs: Any) -> None:
         self.opening = opening_of(file)
         self.ours, theirs = socket.socketpair()
-        for end in (self.ours, theirs):
-            # As little as possible, so that it is the server that decides what comes next.
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        # As little as possible, so that it is the server that decides what comes next.
+        self.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.theirs = theirs
         self.first = self.opening.stream()
         self.reader = Reader(theirs, len(self.first), self.opening)

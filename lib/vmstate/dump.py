@@ -48,8 +48,8 @@ class Dump:
         self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES)
         self._started = time.monotonic()
         try:
-            self._guard = self._make_guard()
             self._ours, self._theirs = channel()
+            self._guard = self._make_guard()
             self._outgoing = Outgoing(self._ours, self._sink.fd, closing=guest.ON != self.CAPABILITIES)
         except BaseException:
             self._let_go_of_the_sink()

@@ -19,19 +19,29 @@ WATCH, LET_GO, DONE = b"w", b"l", b"d"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
 
 
+Drain = tuple[int, Callable[[], None]]
+
+
 class Guard:
     """Start the child.  To be called before there are threads.
 
     path: the guest.  group: the process group of the sink, or None.  held: the sink's input, to be kept open.
-    snapshot: the guest goes on anyway, and is to forget that it was asked for one.
+    snapshot: a descriptor, to be kept open, and what takes what QEMU still sends there before anything is put back.
     """
 
-    def __init__(self, path: str, group: int | None = None, held: int | None = None, *, snapshot: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        group: int | None = None,
+        held: int | None = None,
+        *,
+        snapshot: Drain | None = None,
+    ) -> None:
         theirs, self._ours = os.pipe()
         sys.stderr.flush()
         self._child = os.fork()
         if self._child == 0:
-            _be_the_guard(theirs, path, group, held, _tidy if snapshot else _run_on)
+            _be_the_guard(theirs, path, group, held, snapshot)
         os.close(theirs)
 
     def watch(self) -> None:
@@ -55,15 +65,14 @@ class Guard:
             os.waitpid(self._child, 0)
 
 
-def _be_the_guard(
-    control: int, path: str, group: int | None, held: int | None, put_back: Callable[[str], None]
-) -> NoReturn:
+def _be_the_guard(control: int, path: str, group: int | None, held: int | None, snapshot: Drain | None) -> NoReturn:
     try:
         os.setsid()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        _close_all_but({control, held if held is not None else control})
-        _guard(control, path, group, held, put_back)
+        kept = {control, held if held is not None else control, snapshot[0] if snapshot else control}
+        _close_all_but(kept)
+        _guard(control, path, group, held, snapshot)
     finally:
         os._exit(0)
 
@@ -76,7 +85,7 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(at, 4096)
 
 
-def _guard(control: int, path: str, group: int | None, held: int | None, put_back: Callable[[str], None]) -> None:
+def _guard(control: int, path: str, group: int | None, held: int | None, snapshot: Drain | None) -> None:
     stopped = False
     while word := os.read(control, 1):
         if word == DONE:
@@ -90,13 +99,17 @@ def _guard(control: int, path: str, group: int | None, held: int | None, put_bac
         end_group(group)
     if held is not None:
         os.close(held)
-    if stopped:
-        put_back(path)
+    if stopped and snapshot:
+        _tidy(path, snapshot[1])
+    elif stopped:
+        _run_on(path)
 
 
-def _tidy(path: str) -> None:
+def _tidy(path: str, drain: Callable[[], None]) -> None:
     from . import guest
 
+    with contextlib.suppress(Exception):
+        drain()
     with contextlib.suppress(Exception):
         guest.wait_for(path, lambda s: not s.moving, 60, "to end its snapshot")
         guest.patiently(path, guest.tidy)

@@ -5,9 +5,10 @@ relied on, and `Found.put_back` gives the guest what it had.
 """
 
 import contextlib
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -67,6 +68,7 @@ class Found:
 
     def put_back(self, monitor: Monitor) -> None:
         if self.capabilities:
+            _wait_for_the_snapshot(monitor)
             monitor.ask("migrate-set-capabilities", capabilities=self.capabilities)
         if self.parameters:
             now = monitor.ask("query-migrate-parameters")
@@ -156,13 +158,38 @@ def _set_capabilities(monitor: Monitor, had: list[dict[str, Any]], wanted: list[
     off = [c for c in wanted if not c["state"] and c["capability"] in on_before]
     for change in (off, wanted):
         if change:
+            _wait_for_the_snapshot(monitor)
             monitor.ask("migrate-set-capabilities", capabilities=change)
+
+
+def _wait_for_the_snapshot(monitor: Monitor) -> None:
+    """Where a snapshot has just ended, QEMU lifts the protection of the guest's pages a moment after it has said so,
+    and only while the capability is on: switched off before, the guest would wait for ever at its next write.
+
+    It can be seen to be over by QEMU having closed its userfaultfd; where that cannot be seen, time has to do.
+    """
+    if not any(c["state"] and c["capability"] in SNAPSHOT for c in monitor.ask("query-migrate-capabilities")):
+        return
+    folder = f"/proc/{monitor.pid()}/fd"
+    give_up = time.monotonic() + 20
+    try:
+        while time.monotonic() < give_up and any("userfaultfd" in link for link in _links(folder)):
+            time.sleep(0.01)
+    except OSError:
+        time.sleep(1)
+
+
+def _links(folder: str) -> Iterator[str]:
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(os.path.join(folder, name))
 
 
 def tidy(monitor: Monitor) -> None:
     """What a command that was killed has left switched on, or silenced."""
     left = [c for c in monitor.ask("query-migrate-capabilities") if c["state"] and c["capability"] in LEFT_OVER]
     if left:
+        _wait_for_the_snapshot(monitor)
         monitor.ask("migrate-set-capabilities", capabilities=[{**c, "state": False} for c in left])
     if monitor.ask("query-migrate-parameters").get("announce-rounds") == 0:
         monitor.ask("migrate-set-parameters", announce_rounds=ANNOUNCE["rounds"])
@@ -200,6 +227,9 @@ def cancel(path: str) -> Standing:
             raise CannotDo(f"the guest at {path} is the one that takes a state", hint)
         if not standing.moving:
             raise CannotDo(f"the guest at {path} is not migrating ({standing.migration})", f"vm-status {path}")
+        if any(c["state"] and c["capability"] in SNAPSHOT for c in monitor.ask("query-migrate-capabilities")):
+            hint = "end the vm-dump that makes it, which lets QEMU come to its end"
+            raise CannotDo(f"a snapshot of the guest at {path} is not cancelled: it may not survive that", hint)
         if standing.migration.startswith("postcopy"):
             text = f"the guest at {path} runs at its destination already ({standing.migration})"
             raise CannotDo(text, "from the switchover of postcopy on there is no way back")

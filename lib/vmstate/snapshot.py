@@ -1,10 +1,13 @@
 """The state of one instant to a sink, while the guest goes on (`vm-dump --snapshot`, QEMU's background-snapshot).
 
-QEMU keeps each page as it was until it has been sent.  There is no return path, and none is needed: whatever becomes of
-the sink, the guest runs.
+QEMU keeps each page as it was until it has been sent.  There is no return path, and none is needed; but a snapshot
+must come to its end: where QEMU 7.2 cannot send on, or is told to cancel, it leaves the guest's pages protected, and
+the guest waits for ever at its next write.  So whatever becomes of the sink, or of us, all that QEMU sends is taken.
 """
 
 import contextlib
+import os
+import select
 from typing import Any
 
 from . import guest
@@ -13,19 +16,40 @@ from .command import no_more_signals, release_signals
 from .dump import Dump, sample
 from .errors import CannotDo, Refused, VmstateError
 from .guard import Guard
+from .monitor import Monitor
+from .octets import BLOCK
 from .progress import Progress
 from .stage import Stage
 
 WORDS = {
-    "not supported by host kernel": "the kernel of this host has no write-protection by userfaultfd",
+    "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or is for root alone: "
+    "sysctl vm.unprivileged_userfaultfd=1",
     "not supported by guest memory": "its RAM is shared, or has pages that cannot be write-protected",
-    "userfault": "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1",
 }
 OTHERWISE = "save it with a longer pause: vm-dump --after running, or --snapshot-or-live"
 
 
 class NoSnapshot(CannotDo):
     """This guest, or this host, cannot; nothing has begun."""
+
+
+def possible(path: str) -> bool:
+    """Whether the guest runs: one that stands needs no snapshot, and some QEMU would let it run for one.
+
+    NoSnapshot where it runs, and a snapshot cannot be had.
+    """
+    found = guest.Found()
+    with Monitor(path) as monitor:
+        if guest.require_sendable(monitor, path).run not in ("running", "suspended"):
+            return False
+        try:
+            guest.prepare(monitor, guest.SNAPSHOT, {}, found)
+        except Refused as error:
+            hints = [hint for words, hint in WORDS.items() if words in error.text.lower()]
+            raise NoSnapshot(f"no snapshot of the guest at {path}: {error.text}", *hints, OTHERWISE) from error
+        finally:
+            found.put_back(monitor)
+    return True
 
 
 class Snapshot(Dump):
@@ -52,26 +76,43 @@ class Snapshot(Dump):
         return {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
 
     def _make_guard(self) -> Guard:
-        if isinstance(self._sink, Stage):
-            return Guard(self._plan.path, self._sink.group, self._sink.fd, snapshot=True)
-        return Guard(self._plan.path, snapshot=True)
+        held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
+        ours = self._ours.fileno()
+        return Guard(self._plan.path, *held, snapshot=(ours, lambda: drain(self._plan.path, ours)))
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        no_more_signals()
+        self._theirs.close()
+        # A sink that is to be ended must not take a part for the whole meanwhile.
+        self._let_go_of_the_sink()
+        if self._sending.begun:
+            with contextlib.suppress(VmstateError):
+                drain(self._plan.path, self._ours.fileno())
+        return super()._put_back(error)
 
     def _send(self) -> State:
         assert self._guard
         self._guard.watch()
-        try:
-            self._pause = self._sending.snapshot(self._theirs.fileno())
-        except Refused as error:
-            raise _explained(error) from error
+        self._pause = self._sending.snapshot(self._theirs.fileno())
         self._theirs.close()
         release_signals()
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
             return self._outgoing.run()
 
 
-def _explained(error: Refused) -> VmstateError:
-    """QEMU says so when it is asked for the capability, and has not begun then."""
-    if "migrate-set-capabilities" in str(error):
-        hints = [hint for words, hint in WORDS.items() if words in error.text.lower()]
-        return NoSnapshot(f"no snapshot of this guest: {error.text}", *hints, OTHERWISE)
-    return error
+def drain(path: str, fd: int) -> None:
+    """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
+    with Monitor(path) as monitor:
+        if not guest.look(monitor).moving:
+            return
+        had = monitor.ask("query-migrate-parameters").get("max-bandwidth", 0)
+        monitor.ask("migrate-set-parameters", max_bandwidth=0)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while poll.poll(500) or guest.glance(path).moving:
+            if poll.poll(0) and not os.read(fd, BLOCK):
+                break
+        guest.wait_for(path, lambda standing: not standing.moving, 60, "to end its snapshot")
+    finally:
+        guest.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_a_guest_that_stands_stays_so(guests: Guests, work: Path) -> None:
     source.cmd("stop")
     done = shell("vm-dump -v --snapshot a.qmp > s", work)
     assert done.status == 0, done.err
-    assert "stood for" not in done.err
+    assert "the guest stands paused" in done.err
     assert source.status() in ("paused", "postmigrate")
     assert source.standing()
     assert shell("vm-cont a.qmp", work).status == 0
@@ -89,6 +90,20 @@ def test_a_slow_sink_does_not_hold_a_guest_that_writes(guests: Guests, work: Pat
     found = json.loads(run("vm-inspect", "--json", work / "s").text)
     assert found["how"] == "background snapshot"
     assert all(block["resent"] == 0 for block in found["blocks"])
+
+
+def test_the_sink_goes_away_and_the_guest_that_writes_goes_on(guests: Guests, work: Path) -> None:
+    """QEMU 7.2 cannot end a snapshot early: the guest would wait for ever at its next write to a page not yet sent."""
+    source = guests.start("a", append="block=16 dirty=16")
+    source.wait_ready(60)
+    source.wait_count(3)
+    done = shell("vm-dump --snapshot --speed 40m a.qmp | head -c 9000000 > s", work)
+    assert done.status == 1
+    assert "the reader of standard output went away; the guest runs on" in done.err
+    assert source.running()
+    now = source.count() or 0
+    source.wait_count(now + 20)
+    as_it_was(source)
 
 
 def test_a_sink_that_fails_or_goes_away(guests: Guests, work: Path) -> None:
@@ -123,19 +138,23 @@ def test_killed_in_the_middle(guests: Guests, work: Path, number: int) -> None:
     )
     assert source.running()
     assert shell("vm-dump -q --after running a.qmp > s2; vm-verify s2", work).status == 0
-    as_it_was(source)
+    assert source.running()
 
 
-def test_cancelled(guests: Guests, work: Path) -> None:
+def test_it_is_not_cancelled(guests: Guests, work: Path) -> None:
+    """QEMU 7.2 would leave the guest's pages protected."""
     source = guests.running()
-    process = start(work, "vm-dump -q --snapshot --speed 20m a.qmp > s 2> words")
+    process = start(work, "vm-dump -q --snapshot --speed 20m a.qmp > s")
     try:
         until(lambda: active(source), 20, "the snapshot is on its way")
-        assert shell("vm-cancel a.qmp", work).status == 0
-        assert process.wait(20) == 1
+        done = shell("vm-cancel a.qmp", work)
+        assert done.status == 1
+        assert "is not cancelled" in done.err
+        assert "end the vm-dump that makes it" in done.err
+        assert process.wait(60) == 0
     finally:
         end(process)
-    assert "the migration was cancelled; the guest runs on" in Path(work, "words").read_text()
+    assert shell("vm-verify s", work).status == 0
     as_it_was(source)
 
 
@@ -162,22 +181,29 @@ def test_its_connection_does_not_break(guests: Guests, work: Path) -> None:
         assert int(said) > 10
 
 
-@pytest.mark.root
-def test_a_host_that_forbids_it(guests: Guests, work: Path) -> None:
-    """Without the rights for userfaultfd: a reason, and nothing has begun; or a live dump."""
+@pytest.fixture
+def forbidden() -> Iterator[None]:
+    """userfaultfd is for root alone, as on a fresh system."""
     allowed = Path("/proc/sys/vm/unprivileged_userfaultfd")
-    if not allowed.exists() or allowed.read_text().strip() != "0" or os.access("/dev/userfaultfd", os.F_OK):
-        pytest.skip("this kernel lets everybody use userfaultfd")
+    before = allowed.read_text()
+    allowed.write_text("0")
+    yield
+    allowed.write_text(before)
+
+
+@pytest.mark.root
+def test_a_host_that_forbids_it(guests: Guests, work: Path, forbidden: None) -> None:
+    """Without the rights for userfaultfd: a reason, and nothing has begun; or a live dump."""
     os.chmod(work, 0o755)
     source = guests.booted(user=65534)
     done = shell("vm-dump --snapshot a.qmp > s", work)
     assert done.status == 1
-    assert "vm-dump: error: no snapshot of this guest: " in done.err
+    assert "vm-dump: error: no snapshot of the guest at a.qmp: " in done.err
     assert "--snapshot-or-live" in done.err
     as_it_was(source)
     done = shell("vm-dump --snapshot-or-live a.qmp > s; vm-verify s", work)
     assert done.status == 0, done.err
-    assert "vm-dump: warning: saved live instead: no snapshot of this guest" in done.err
+    assert "vm-dump: warning: saved live instead: no snapshot of the guest" in done.err
     as_it_was(source)
 
 

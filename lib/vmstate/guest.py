@@ -23,6 +23,8 @@ NAME = "vmstate"
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 ON = ("return-path",)
 SNAPSHOT = ("background-snapshot",)
+# As /proc/PID/fd has it; QEMU may keep /dev/userfaultfd open for ever.
+USERFAULTFD = "anon_inode:[userfaultfd]"
 LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram", "background-snapshot")
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
@@ -173,7 +175,7 @@ def _wait_for_the_snapshot(monitor: Monitor) -> None:
     folder = f"/proc/{monitor.pid()}/fd"
     give_up = time.monotonic() + 20
     try:
-        while time.monotonic() < give_up and any("userfaultfd" in link for link in _links(folder)):
+        while time.monotonic() < give_up and any(link == USERFAULTFD for link in _links(folder)):
             time.sleep(0.01)
     except OSError:
         time.sleep(1)

@@ -22,7 +22,7 @@ from .progress import Progress
 from .stage import Stage
 
 WORDS = {
-    "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or is for root alone: "
+    "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or for root alone: "
     "sysctl vm.unprivileged_userfaultfd=1",
     "not supported by guest memory": "its RAM is shared, or has pages that cannot be write-protected",
 }

@@ -1,0 +1,684 @@
+"""vm-restore --lazy: the guest runs first and gets its memory later, or is told why not; and it never gets a wrong byte."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Done, Guests, run, shell
+from unit.streams import state as stream
+from vm import Guest, saved_guest, start_from, until
+
+from guest.judge import as_it_was, still_waits, went_on
+
+LAZILY = Path(__file__).with_name("lazily.py")
+LINES = "52:54:00:00:00:01 -\n"
+POSTCOPY = ["-global", "migration.x-postcopy-ram=on"]
+
+
+class Saved:
+    """The files of one guest that ran, and what it had counted.
+
+    s.state, s.vmz; fast.vmz: the same in other frames; other.vmz: of another moment; paused.vmz: it was paused.
+    """
+
+    def __init__(self, folder: Path, states: Path) -> None:
+        self.folder = folder
+        state = saved_guest(states)
+        script = """
+            vm-dump -q -o s.state a.qmp && vm-compress -q -o s.vmz s.state && vm-compress -q -1 -o fast.vmz s.state
+            vm-compress -q -o paused.vmz paused
+        """
+        with start_from(state, folder, "a") as source:
+            source.wait_count(1)
+            assert shell(f"ln -s {shlex.quote(str(state))} paused; set -e; {script}", folder).status == 0
+            self.count = source.count() or 0
+            assert shell("vm-cont a.qmp; vm-dump -q a.qmp | vm-compress > other.vmz", folder).status == 0
+
+
+@pytest.fixture(scope="module")
+def files(states: Path) -> Iterator[Saved]:
+    with tempfile.TemporaryDirectory(prefix="vm-") as folder:
+        yield Saved(Path(folder), states)
+
+
+@pytest.fixture
+def saved(files: Saved, work: Path) -> Saved:
+    """Its files in the work folder, too; who changes one makes a copy of it."""
+    for name in ("s.state", "s.vmz", "fast.vmz", "other.vmz", "paused.vmz"):
+        (work / name).symlink_to(files.folder / name)
+    return files
+
+
+class Server:
+    """A vm-restore in the background; `err`: what it has said there."""
+
+    def __init__(self, work: Path, *options: str, state: str = "s.vmz", guest: str = "b.qmp") -> None:
+        self._err = work / f"{guest}.err"
+        with (work / state).open("rb") as source, self._err.open("wb") as words:
+            self.process = subprocess.Popen(
+                ["vm-restore", *options, guest],
+                cwd=work,
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=words,
+                start_new_session=True,
+            )
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def lines(self) -> str:
+        """All of its standard output, up to its end."""
+        assert self.process.stdout
+        return self.process.stdout.read().decode()
+
+    def result(self) -> dict[str, int]:
+        found: dict[str, int] = json.loads(self.err.splitlines()[-1])
+        return found
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        assert self.process.stdout
+        self.process.stdout.close()
+
+
+Serve = Callable[..., Server]
+
+
+@pytest.fixture
+def serve(work: Path) -> Iterator[Serve]:
+    made: list[Server] = []
+
+    def serving(*options: str, **kwargs: str) -> Server:
+        made.append(Server(work, *options, **kwargs))
+        return made[-1]
+
+    yield serving
+    for server in made:
+        server.end()
+
+
+def lazily(work: Path, *options: str, state: str = "s.vmz", guest: str = "b.qmp") -> Done:
+    return shell(shlex.join(["vm-restore", "--lazy", *options, guest]) + f" < {state}", work)
+
+
+def refused(done: Done, status: int, words: str) -> None:
+    assert done.status == status, done.err
+    assert re.search(words, done.err), done.err
+    assert done.out == b""
+
+
+def migration(guest: Guest) -> str:
+    return str(guest.cmd("query-migrate").get("status", "none"))
+
+
+def lost(guest: Guest) -> None:
+    until(lambda: migration(guest) == "postcopy-paused", 20, "it has seen that its server is gone")
+
+
+def unmarked(guest: Guest) -> None:
+    assert not [entry["name"] for entry in guest.cmd("qom-list", path="/objects") if "vmstate" in entry["name"]]
+
+
+def arrived(guest: Guest, saved: Saved) -> None:
+    """It has all of its memory, and nobody would see that this came later."""
+    assert migration(guest) == "completed"
+    unmarked(guest)
+    went_on(saved.count, guest)
+    as_it_was(guest)
+
+
+def taken_up(work: Path, guest: Guest, saved: Saved, state: str = "s.vmz") -> None:
+    """By the command that vm-status prints."""
+    said = shell("vm-status b.qmp", work).text
+    assert re.search(r"^b.qmp: .*, and lacks a part of its memory: ", said), said
+    found = re.search(r"^next: (vm-restore --resume .*) < STATE.vmz$", said, re.MULTILINE)
+    assert found, said
+    command = found[1].replace("--on-demand ", "")
+    done = shell(f"{command} < {state}", work)
+    assert (done.status, done.out, done.err) == (0, b"", "")
+    arrived(guest, saved)
+
+
+# What it gives
+
+
+@pytest.mark.parametrize("state", ["s.vmz", "s.state"])
+def test_a_guest_runs_and_gets_its_memory(guests: Guests, work: Path, saved: Saved, state: str) -> None:
+    guest = guests.waiting()
+    done = lazily(work, state=state)
+    assert (done.status, done.text, done.err) == (0, LINES, "")
+    arrived(guest, saved)
+    assert shell("vm-status b.qmp", work).text == "b.qmp: runs\n"
+
+
+def test_it_is_a_guest_like_any_other_then(guests: Guests, work: Path, saved: Saved) -> None:
+    guest, third = guests.waiting(), guests.waiting("c")
+    assert lazily(work).status == 0
+    assert shell("vm-dump -q b.qmp | vm-restore c.qmp", work).status == 0
+    went_on(guest.counts()[-1], third)
+
+
+def test_starting_the_guest(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = Guest(work, "c")
+    try:
+        done = shell(f"vm-restore --lazy -- {shlex.join(guest.args)} < s.vmz; vm-status c.qmp", work)
+        assert (done.status, done.err) == (0, "")
+        assert done.text == f"{LINES}c.qmp: runs\n"
+        guest.wait_count(saved.count + 1)
+        assert guest.counts()[0] in range(saved.count, saved.count + 3)
+    finally:
+        shell(f"pkill -9 -f '{work}/c[.]qmp'", work)
+
+
+def test_qemu_runs_it_itself(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.start("b", incoming=f"exec:cd {work} && vm-restore --lazy --stdio s.vmz", extra=POSTCOPY)
+    guest.wait_status("running")
+    until(lambda: migration(guest) == "completed", 20, "all of it is there", guest.stderr)
+    went_on(saved.count, guest)
+    assert "vm-restore" not in guest.stderr()
+
+
+def test_qemu_runs_it_itself_without_postcopy(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.start("b", incoming=f"exec:cd {work} && sleep 0.5 && vm-restore --lazy --stdio s.vmz")
+    until(lambda: "-global migration.x-postcopy-ram=on" in guest.stderr(), 20, "it says what is wrong", guest.stderr)
+    assert "vm-restore: error: QEMU does not take the state" in guest.stderr()
+    assert guest.count() is None
+
+
+def test_run_and_paused(guests: Guests, work: Path, saved: Saved) -> None:
+    guest, second, third = guests.waiting(), guests.waiting("c"), guests.waiting("d")
+    done = lazily(work, state="paused.vmz")
+    assert (done.status, done.out) == (0, b"")
+    assert "hint: the guest stands paused; to let it run: vm-cont b.qmp" in done.err
+    assert (guest.status(), migration(guest)) == ("paused", "completed")
+    done = lazily(work, "--run", state="paused.vmz", guest="c.qmp")
+    assert (done.status, done.text, done.err) == (0, LINES, "")
+    assert second.running()
+    done = lazily(work, "--paused", guest="d.qmp")
+    assert (done.status, done.out) == (0, b"")
+    assert third.status() == "paused"
+    assert third.count() is None
+    assert shell("vm-cont d.qmp", work).status == 0
+    arrived(third, saved)
+
+
+def test_it_is_the_memory_that_an_eager_restore_gives(guests: Guests, work: Path, saved: Saved) -> None:
+    """Page by page, of guests that have not run since."""
+    guests.waiting("b")
+    guests.waiting("c")
+    script = """
+        set -e
+        vm-restore -q --paused --lazy b.qmp < s.vmz; vm-restore -q --paused c.qmp < s.vmz
+        vm-dump -q b.qmp > b.state; vm-dump -q c.qmp > c.state; vm-inspect --json --diff b.state c.state
+    """
+    done = shell(script, work)
+    assert done.status == 0, done.err
+    found = json.loads(done.out)["diff"]
+    assert not [block for block in found["blocks"] if block["changed"]], found["blocks"]
+
+
+def test_the_lines_end_when_the_guest_runs(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    """Who reads them need not wait for the memory."""
+    guest = guests.waiting()
+    server = serve("--lazy", "--on-demand")
+    assert server.lines() == LINES
+    assert server.process.poll() is None
+    assert guest.running()
+    assert server.kill(signal.SIGTERM) == 0
+    arrived(guest, saved)
+
+
+def test_json(guests: Guests, work: Path, saved: Saved) -> None:
+    guests.waiting()
+    done = lazily(work, "--json", "--progress")
+    assert done.status == 0, done.err
+    (first,) = map(json.loads, done.out.splitlines())
+    assert (first["type"], first["state"], first["saved"], first["status"]) == ("running", "running", "running", 0)
+    assert first["nics"] == [{"mac": "52:54:00:00:00:01", "iface": None, "addresses": []}]
+    assert first["bytes"] == (work / "s.state").stat().st_size
+    assert 0 < first["seconds"] < 30
+    last = json.loads(done.err.splitlines()[-1])
+    assert (last["type"], last["status"], last["guest"]) == ("result", 0, "b.qmp")
+    assert 0 < last["asked"] <= last["sent"]
+    assert 0 <= last["wait_median"] <= last["wait_p99"]
+    done = shell("vm-restore --lazy --json b.qmp < s.vmz", work)
+    assert json.loads(done.err)["status"] == done.status == 1
+
+
+def test_nobody_takes_the_lines(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.waiting()
+    done = shell("vm-restore --lazy b.qmp < s.vmz > /dev/full", work)
+    assert done.status == 0, done.err
+    assert "the guest runs, but its NIC lines could not be written" in done.err
+    arrived(guest, saved)
+
+
+# On demand
+
+
+def test_only_what_is_asked_for(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    guest = guests.waiting()
+    server = serve("--lazy", "--on-demand", "--json")
+    server.lines()
+    guest.wait_sum()
+    assert shell("vm-status b.qmp", work).text == "b.qmp: runs while its memory is being brought from a file\n"
+    guest.end()
+    # It is served as long as it lives, and no longer.
+    assert server.process.wait(30) == 0
+    found = server.result()
+    assert 0 < found["sent"] <= found["asked"]
+    assert found["bytes"] < (work / "s.state").stat().st_size // 2
+
+
+def test_the_rest_on_a_signal(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    guest = guests.waiting()
+    server = serve("--lazy", "--on-demand", "--json")
+    server.lines()
+    guest.wait_advance()
+    assert server.kill(signal.SIGTERM) == 0
+    found = server.result()
+    assert found["asked"] < found["sent"]
+    assert found["bytes"] > (work / "s.state").stat().st_size * 3 // 4
+    arrived(guest, saved)
+
+
+def test_what_cannot_be_done_meanwhile(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    guest = guests.waiting()
+    guests.waiting("c")
+    server = serve("--lazy", "--on-demand")
+    server.lines()
+    for command in (
+        "vm-dump b.qmp > t",
+        "vm-dump --snapshot b.qmp > t",
+        "vm-migrate b.qmp 'link:vm-restore --commit c.qmp'",
+    ):
+        done = shell(command, work)
+        assert done.status == 1, (command, done.err)
+        assert "memory is being brought" in done.err, (command, done.err)
+    assert shell("vm-restore --resume b.qmp < s.vmz", work).status == 1
+    # It can stand and run as any other.
+    assert shell("vm-stop b.qmp", work).status == 0
+    assert guest.status() == "paused"
+    assert shell("vm-cont b.qmp", work).status == 0
+    assert guest.running()
+    assert server.kill(signal.SIGTERM) == 0
+    arrived(guest, saved)
+
+
+def test_ten_clones_of_one_file(guests: Guests, work: Path, states: Path, serve: Serve) -> None:
+    state = saved_guest(states, kind="metal", mem=64)
+    assert shell(f"vm-compress -q -o s.vmz {state}", work).status == 0
+    clones = [guests.waiting(f"c{number}", kind="metal", mem=64) for number in range(10)]
+    servers = [serve("--lazy", "--on-demand", "--run", guest=f"c{number}.qmp") for number in range(10)]
+    for server in servers:
+        assert server.lines() == LINES, server.err
+    for guest, server in zip(clones, servers, strict=True):
+        assert guest.running()
+        assert server.process.poll() is None
+    for guest, server in zip(clones, servers, strict=True):
+        guest.end()
+        assert server.process.wait(30) == 0, server.err
+
+
+# In an order that was learnt
+
+
+def test_record_and_prefetch(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    first, second = guests.waiting(), guests.waiting("c")
+    server = serve("--lazy", "--on-demand", "--json", "--record", "order")
+    server.lines()
+    first.wait_sum()
+    first.end()
+    assert server.process.wait(30) == 0
+    lines = (work / "order").read_text().splitlines()
+    assert lines[0] == "vmstate order 1"
+    wanted = sum(int(line.split()[-1]) for line in lines[1:])
+    assert wanted == server.result()["asked"] > 100
+    done = lazily(work, "--json", "--prefetch", "order", guest="c.qmp")
+    assert done.status == 0, done.err
+    arrived(second, saved)
+    # Of another guest, or damaged: a wish, and a file that is none.
+    (work / "order").write_text("vmstate order 1\nno.such.block 1 5\npc.ram 99999999 3\n")
+    third = guests.waiting("d")
+    assert lazily(work, "--prefetch", "order", guest="d.qmp").status == 0
+    arrived(third, saved)
+    (work / "order").write_text("pc.ram 1 1\n")
+    refused(lazily(work, "--prefetch", "order", guest="e.qmp"), 3, "order is no record of vm-restore --record")
+
+
+# In the background
+
+
+def test_detached(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.waiting()
+    done = lazily(work, "--detach", "-v", "--on-demand", "--log", "log")
+    assert (done.status, done.text, done.err) == (0, LINES, "")
+    assert guest.running()
+    assert migration(guest) == "postcopy-active"
+    server = int(
+        shell(f"pgrep -f -- 'vm-restore --lazy --detach' | xargs pwdx | grep '{work}$'", work).text.split(":")[0]
+    )
+    os.kill(server, signal.SIGTERM)
+    until(lambda: migration(guest) == "completed", 20, "all of it is there")
+    until(lambda: "pages brought" in (work / "log").read_text(), 20, "it says so")
+    until(lambda: not alive(server), 20, "it has ended")
+    arrived(guest, saved)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def test_detached_and_refused(guests: Guests, work: Path, saved: Saved) -> None:
+    """What happens before the guest runs is said, and counts, as ever."""
+    guests.running("b")
+    refused(lazily(work, "--detach"), 1, "error: the guest at b.qmp does not wait for a state")
+    refused(lazily(work, "--detach", guest="no.qmp"), 1, "no guest at no.qmp")
+    refused(lazily(work, "--detach", "--log", "no/log", guest="c.qmp"), 1, "cannot write to no/log: No such file")
+    # Of the QEMU that it starts the monitor has to be known.
+    refused(shell("vm-restore --lazy --detach -- qemu-system-x86_64 < s.vmz", work), 2, "--detach needs the path")
+
+
+def test_detached_from_a_qemu_that_it_starts(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = Guest(work, "c")
+    try:
+        done = shell(f"vm-restore --lazy --detach -- {shlex.join(guest.args)} < s.vmz | cat", work)
+        assert (done.status, done.text, done.err) == (0, LINES, "")
+        guest.wait_count(saved.count + 1)
+        until(lambda: shell("vm-status c.qmp", work).text == "c.qmp: runs\n", 20, "all of it is there")
+    finally:
+        shell(f"pkill -9 -f '{work}/c[.]qmp'", work)
+
+
+# Whose server has died
+
+
+@pytest.mark.parametrize("count", [0, 4, 12, 2000, 100_001, 20_000_003])
+def test_killed_at_any_byte(guests: Guests, work: Path, saved: Saved, count: int) -> None:
+    """Of the channel behind the devices: between pages, in a header, in a name, in a page."""
+    guest = guests.waiting()
+    with (work / "s.vmz").open("rb") as source:
+        done = run(sys.executable, LAZILY, count, "--lazy", "b.qmp", cwd=work, stdin=source)
+    assert done.status == -signal.SIGKILL
+    lost(guest)
+    taken_up(work, guest, saved)
+
+
+@pytest.mark.parametrize("count", [-1, -30_000])
+def test_killed_before_the_devices_are_whole(guests: Guests, work: Path, saved: Saved, count: int) -> None:
+    """As a load that fails: the guest never runs, and this QEMU cannot load again."""
+    guest = guests.waiting()
+    with (work / "s.vmz").open("rb") as source:
+        run(sys.executable, LAZILY, count - 5, "--lazy", "b.qmp", cwd=work, stdin=source)
+    until(lambda: not guest.alive() or migration(guest) == "failed", 20, "it has seen it")
+    assert guest.status() in ("gone", "inmigrate")
+    assert guest.count() is None
+
+
+def test_killed_twice_and_taken_up_from_another_file(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    """The same state in other frames, then not packed at all."""
+    guest = guests.waiting()
+    server = serve("--lazy", "--on-demand")
+    server.lines()
+    guest.wait_advance()
+    server.kill()
+    lost(guest)
+    with (work / "fast.vmz").open("rb") as source:
+        done = run(sys.executable, LAZILY, 3_000_017, "--resume", "b.qmp", cwd=work, stdin=source)
+    assert done.status == -signal.SIGKILL
+    lost(guest)
+    refused(shell("vm-restore --resume b.qmp < other.vmz", work), 4, "not the state that the guest at b.qmp runs on")
+    taken_up(work, guest, saved, "s.state")
+
+
+def test_taken_up_on_demand(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    guest = guests.waiting()
+    server = serve("--lazy", "--on-demand")
+    server.lines()
+    server.kill()
+    lost(guest)
+    said = shell("vm-status b.qmp", work).text
+    assert said.endswith(
+        "lacks a part of its memory: who brought it has ended\n"
+        "next: vm-restore --resume --on-demand b.qmp < STATE.vmz\n"
+    ), said
+    second = serve("--resume", "--on-demand")
+    assert second.lines() == ""
+    guest.wait_advance()
+    assert migration(guest) in ("postcopy-active", "postcopy-recover")
+    guest.end()
+    assert second.process.wait(30) == 0, second.err
+
+
+def test_the_server_that_qemu_runs_itself_dies(guests: Guests, work: Path, saved: Saved) -> None:
+    """Its guest bears no mark of the state: whoever takes it up must know."""
+    command = f"exec:cd {work} && echo $$ > pid && exec vm-restore --lazy --stdio --on-demand s.vmz"
+    guest = guests.start("b", incoming=command, extra=POSTCOPY)
+    guest.wait_status("running")
+    os.kill(int((work / "pid").read_text()), signal.SIGKILL)
+    lost(guest)
+    refused(shell("vm-restore --resume b.qmp < s.vmz", work), 1, "not being restored lazily")
+    done = shell("vm-restore --resume --i-am-sure b.qmp < s.vmz", work)
+    assert (done.status, done.err) == (0, "")
+    went_on(saved.count, guest)
+
+
+def test_nothing_to_take_up(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.waiting()
+    refused(shell("vm-restore --resume b.qmp < s.vmz", work), 1, r"not being restored lazily \(inmigrate, none\)")
+    still_waits(guest)
+    assert lazily(work).status == 0
+    refused(shell("vm-restore --resume b.qmp < s.vmz", work), 1, r"not being restored lazily \(running, completed\)")
+    arrived(guest, saved)
+
+
+def test_qemu_ends_in_the_middle(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    guest = guests.waiting()
+    with (work / "s.vmz").open("rb") as source:
+        done = run(sys.executable, LAZILY, 2000, "--lazy", "b.qmp", cwd=work, stdin=source)
+    lost(guest)
+    guest.end()
+    done = shell("vm-restore --resume b.qmp < s.vmz", work)
+    refused(done, 1, "no guest at b.qmp: nobody listens there")
+
+
+# Files that are not what they were
+
+
+def damaged(work: Path, places: list[float]) -> None:
+    """A copy of s.vmz, t.vmz, with a bit changed at these parts of its frames."""
+    data = bytearray((work / "s.vmz").read_bytes())
+    for place in places:
+        data[int(len(data) * place)] ^= 4
+    (work / "t.vmz").write_bytes(data)
+
+
+def test_damage_that_nobody_has_asked_for(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.waiting()
+    damaged(work, [0.5])
+    done = lazily(work, state="t.vmz")
+    assert (done.status, done.text) == (3, LINES)
+    words = r"error: 0x[0-9a-f]+ to 0x[0-9a-f]+ of RAM block 'pc.ram' cannot be read: .* at offset \d+.*; the guest at b.qmp "
+    assert re.search(words + "(was stopped|stands still)", done.err), done.err
+    assert "with a good copy of this state: vm-restore --resume b.qmp < STATE.vmz" in done.err
+    lost(guest)
+    assert guest.status() == "paused"
+    assert "lacks a part of its memory: the file could not be read" in shell("vm-status b.qmp", work).text
+    taken_up(work, guest, saved)
+
+
+def test_damage_in_a_page_that_is_asked_for(guests: Guests, work: Path, saved: Saved) -> None:
+    """It stands still, as a guest whose disk does not answer, until it is served again."""
+    guest = guests.waiting()
+    damaged(work, [number / 100 for number in range(5, 95)])
+    done = lazily(work, "--on-demand", state="t.vmz")
+    assert done.status == 3, done.err
+    assert "stands still as soon as it needs a page that it lacks" in done.err
+    assert "vm-restore --resume --on-demand b.qmp < STATE.vmz" in done.err
+    taken_up(work, guest, saved)
+
+
+def test_a_file_that_shrinks(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    guest = guests.waiting()
+    (work / "t.state").write_bytes((work / "s.state").read_bytes())
+    server = serve("--lazy", "--on-demand", state="t.state")
+    server.lines()
+    os.truncate(work / "t.state", 30_000_000)
+    assert server.kill(signal.SIGTERM) == 3
+    assert "the file has become shorter" in server.err
+    lost(guest)
+    taken_up(work, guest, saved)
+
+
+# What is refused while the guest waits
+
+
+def test_what_is_no_input_for_it(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.waiting()
+    shell(
+        "zstd -q -c -1 s.state > zst; gzip -1 -c s.state > gz; head -c -1 s.vmz > cut; head -c -1000 s.state > cut2",
+        work,
+    )
+    data = bytearray((work / "s.vmz").read_bytes())
+    data[-100] ^= 1
+    (work / "end").write_bytes(data)
+    for script, status, words in (
+        ("cat s.vmz | vm-restore --lazy b.qmp", 2, r"cannot seek\n.*hint: .*vm-restore --lazy GUEST < STATE.vmz"),
+        ("vm-restore --lazy b.qmp < zst", 2, "has no index of its pages\n.*hint: .*vm-compress"),
+        ("vm-restore --lazy b.qmp < gz", 2, "has no index of its pages\n.*hint: "),
+        ("vm-restore --lazy b.qmp < /dev/null", 3, "the input is empty"),
+        ("echo hello > h; vm-restore --lazy b.qmp < h", 3, "no state of a guest"),
+        ("vm-restore --lazy b.qmp < cut", 3, "truncated at offset"),
+        ("vm-restore --lazy b.qmp < cut2", 3, "truncated at offset"),
+        ("vm-restore --lazy b.qmp < end", 3, "end record|seek table"),
+        ("vm-restore --lazy --stdio no.vmz", 1, "cannot open no.vmz"),
+        ("vm-restore --lazy --stdio zst", 2, "has no index"),
+    ):
+        refused(shell(script, work), status, words)
+        still_waits(guest)
+    assert lazily(work).status == 0
+    arrived(guest, saved)
+
+
+@pytest.mark.parametrize("name", ["xbzrle-7.2", "xbzrle-10.0", "ignore-shared-10.0", "compress-7.2", "block-7.2"])
+def test_states_that_postcopy_cannot_take(work: Path, name: str) -> None:
+    """Said of the state, before the guest is looked for."""
+    (work / "s").write_bytes(stream(name))
+    words = {
+        "xbzrle": "differences",
+        "ignore-shared": "x-ignore-shared",
+        "compress": "packed",
+        "block": "more than RAM",
+    }
+    refused(shell("vm-restore --lazy no.qmp < s", work), 1, words[name.rpartition("-")[0]])
+    shell("vm-compress -q -o s.vmz s", work)
+    refused(shell("vm-restore --lazy no.qmp < s.vmz", work), 1, words[name.rpartition("-")[0]])
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"machine": "pc"}, "of machine type 'pc-q35"),
+        ({"extra": ["-smp", "2"]}, "the state has 1 vCPUs, the guest at b.qmp has 2"),
+        ({"extra": ["-device", "virtio-rng-pci"]}, "at PCI address .* the state has nothing"),
+        ({"net": []}, "at PCI address .* has nothing"),
+        ({"mem": 320}, "'pc.ram' has 268435456 bytes in the state"),
+    ],
+)
+def test_another_guest(guests: Guests, work: Path, saved: Saved, other: dict[str, object], words: str) -> None:
+    guest = guests.waiting(**other)
+    refused(lazily(work), 4, words)
+    still_waits(guest)
+
+
+@pytest.mark.parametrize("kind", ["vmz", "state"])
+def test_memory_that_others_share(guests: Guests, work: Path, saved: Saved, kind: str) -> None:
+    memory = ["-object", "memory-backend-memfd,id=pc.ram,share=on,size=256M", "-machine", "memory-backend=pc.ram"]
+    guest = guests.waiting(extra=memory)
+    done = lazily(work, state=f"s.{kind}")
+    refused(done, 1, r"RAM that others share \(pc.ram\)")
+    assert "--lazy-or-eager" in done.err
+    still_waits(guest)
+    done = shell(f"vm-restore --lazy-or-eager b.qmp < s.{kind}", work)
+    assert (done.status, done.text) == (0, LINES), done.err
+    assert "warning: restored as a whole before it runs, since the guest at b.qmp has RAM that others share" in done.err
+    went_on(saved.count, guest)
+
+
+@pytest.mark.parametrize("source", ["cat s.state |", "zstd -q -1 -c s.state > z; < z", "< s.vmz"])
+def test_eager_where_it_cannot_be_lazy(guests: Guests, work: Path, saved: Saved, source: str) -> None:
+    guest = guests.waiting()
+    done = shell(f"{source} vm-restore --lazy-or-eager b.qmp", work)
+    assert (done.status, done.text) == (0, LINES), done.err
+    assert ("warning: restored as a whole before it runs, since" in done.err) == ("vmz" not in source)
+    went_on(saved.count, guest)
+
+
+@pytest.mark.root
+def test_a_host_that_forbids_it(guests: Guests, work: Path, saved: Saved) -> None:
+    """Without the rights for userfaultfd: a reason, and nothing has begun; or an eager restore."""
+    allowed = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    if not allowed.exists() or allowed.read_text().strip() != "0":
+        pytest.skip("this kernel lets everybody use userfaultfd")
+    os.chmod(work, 0o755)
+    guest = guests.waiting(user=65534)
+    done = lazily(work)
+    refused(done, 1, "this QEMU cannot load lazily here: .*\n.*hint: .*sysctl vm.unprivileged_userfaultfd=1")
+    still_waits(guest)
+    done = shell("vm-restore --lazy-or-eager b.qmp < s.vmz", work)
+    assert (done.status, done.text) == (0, LINES), done.err
+    went_on(saved.count, guest)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--on-demand b.qmp",
+        "--record x b.qmp",
+        "--prefetch x b.qmp",
+        "--detach b.qmp",
+        "--lazy --log x b.qmp",
+        "--lazy --i-am-sure b.qmp",
+        "--lazy --from 'cat s.vmz' b.qmp",
+        "--lazy --commit b.qmp",
+        "--lazy --through cat b.qmp",
+        "--lazy --run --paused b.qmp",
+        "--resume --run b.qmp",
+        "--resume --paused b.qmp",
+        "--resume -- qemu-system-x86_64",
+        "--lazy --stdio",
+        "--lazy",
+        "--lazy -- qemu-system-x86_64 -nographic",
+    ],
+)
+def test_what_does_not_go_together(work: Path, saved: Saved, words: str) -> None:
+    done = shell(f"vm-restore {words} < s.vmz", work, env={**os.environ, "VM_GUEST": ""})
+    refused(done, 2, "vm-restore: error: ")
+
+
+def test_one_that_does_not_wait(guests: Guests, work: Path, saved: Saved) -> None:
+    guest = guests.running("b")
+    refused(lazily(work), 1, "does not wait for a state: it is 'running'")
+    as_it_was(guest)

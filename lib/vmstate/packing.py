@@ -58,11 +58,12 @@ def decompress(source: Reader, fd: int | None, threads: int = 0, *, other: bool 
     kind = compression.recognise(first)
     if not first:
         raise Damaged("the input is empty")
-    if kind not in ("vmz", "zstd"):
+    # Of less than a magic `Unzstd` says what it could have become.
+    if kind not in ("vmz", "zstd") and len(first) >= 4:
         found = compression.words_for(first)
         raise Damaged(f"no zstd file: found {found} at offset 0", *compression.hints_for(first))
     whole, written = Pushback(first, source), _Written(fd)
-    if kind == "zstd":
+    if kind != "vmz":
         content: Reader = Unzstd(whole)
     else:
         content = unvmz = vmz.Unvmz(whole, threads=threads)

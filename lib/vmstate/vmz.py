@@ -177,9 +177,6 @@ class Writer:
         self._buffer = self._free.pop()
         self._filled = 0
         self.tally = Tally(FRAME, OTHER_BYTES if other else 0)
-        head = zstd.skippable(HEAD, self.tally.head())
-        write_all(fd, head)
-        self.tally.passed(len(head))
 
     @property
     def written(self) -> int:
@@ -204,6 +201,7 @@ class Writer:
     def finish(self, records: list[tuple[int, bytes]]) -> None:
         """The end record with `records`, kind and content of each, and the seek table."""
         self.flush()
+        self._begin()
         tally = self.tally
         records = [(REC_TOTALS, tally.totals()), (REC_GROUPS, pack(tally.groups())), *records]
         body = b"".join(RECORD_HEAD.pack(kind, 0, len(data)) + data for kind, data in records)
@@ -224,8 +222,16 @@ class Writer:
             self._settle()
         self._buffer, self._filled = self._free.pop(), 0
 
+    def _begin(self) -> None:
+        """Nothing comes out where nothing came in."""
+        if not self.tally.offset:
+            head = zstd.skippable(HEAD, self.tally.head())
+            write_all(self._fd, head)
+            self.tally.passed(len(head))
+
     def _settle(self) -> None:
         table, frames = self._pool.next()
+        self._begin()
         self._free.append(self._busy.popleft())
         write_all(self._fd, FRAME_HEAD.pack(zstd.SKIPPABLE + TABLE, len(table)) + table)
         for frame in frames:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from vmstate import compression
-from vmstate.compression import Members, Unzstd, recognise, unpacked
+from vmstate import compression, packing, zstd
+from vmstate.compression import Members, recognise, unpacked
 from vmstate.errors import Damaged
 from vmstate.octets import BLOCK, Reader
+from vmstate.zstd import Unzstd
 
 from unit.streams import Pieces
 
@@ -148,7 +149,7 @@ def test_the_offset_of_the_frame_that_is_wrong() -> None:
 def frame(descriptor: int, fields: bytes, *parts: tuple[int, int, int, bytes]) -> bytes:
     """A frame from (last, type, size, data) of its blocks."""
     blocks = b"".join((last | kind << 1 | size << 3).to_bytes(3, "little") + data for last, kind, size, data in parts)
-    return compression.FRAME.to_bytes(4, "little") + bytes([descriptor]) + fields + blocks
+    return zstd.FRAME.to_bytes(4, "little") + bytes([descriptor]) + fields + blocks
 
 
 def test_blocks_made_by_hand() -> None:
@@ -193,17 +194,10 @@ def test_a_frame_that_needs_a_dictionary() -> None:
 def test_nothing_and_no_zstd() -> None:
     with pytest.raises(Damaged, match="the input is empty"):
         everything(reader("zstd", b""))
-    for data, word in (
-        (CONTENT, "a plain state"),
-        (PACKERS["gzip"](CONTENT), "a gzip file"),
-        (b"abcdefgh", "abcdefgh"),
-    ):
-        for piece in (4, 1 << 30) if word == "a plain state" else (1 << 30,):
-            with pytest.raises(Damaged, match=f"no zstd file: found .*{word}.* at offset 0"):
+    for data in (CONTENT, PACKERS["gzip"](CONTENT), b"abcdefgh", b"x", b"(\xb5x", b"P*\0"):
+        for piece in (1, 4, 1 << 30):
+            with pytest.raises(Damaged, match="no zstd file: found b['\"].* at offset 0"):
                 everything(reader("zstd", data, piece))
-    for data in (b"x", b"(\xb5x", b"P*\0"):
-        with pytest.raises(Damaged, match="no zstd file: found b'"):
-            everything(reader("zstd", data, 1))
 
 
 def test_little_that_becomes_much_comes_little_by_little() -> None:
@@ -219,19 +213,20 @@ def test_little_that_becomes_much_comes_little_by_little() -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 200])
-@pytest.mark.parametrize("level", [1, compression.LEVEL, 7])
+@pytest.mark.parametrize("level", [1, 2, 7])
 def test_packing(level: int, threads: int, tmp_path: Path) -> None:
     for length in (1, 131072, 131073, 9 * BLOCK + 1):
         content = some(length)
         fd = os.open(tmp_path / "packed", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            count = compression.compress(Pieces(content, 65536), fd, level, threads)
+            count = packing.compress(Pieces(content, 65536), fd, level, threads, other=True)
             packed = (tmp_path / "packed").read_bytes()
         finally:
             os.close(fd)
         assert len(packed) == count
-        assert packed[4] & 4, "no checksum"
         assert everything(reader("zstd", packed)) == content
+        assert recognise(packed[: compression.FIRST]) == "vmz"
+        assert unwrap(packed, 4095) == content
 
 
 # What may be around a state

@@ -71,20 +71,20 @@ def samples(gnupg: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
     folder = tmp_path_factory.mktemp("samples")
     plain = folder / "plain"
     plain.write_bytes(os.urandom(24 << 20))
-    found = {PACK: plain, LOCK: plain, PASS: folder / "state"}
+    found = {PACK: folder / "state", LOCK: plain, PASS: folder / "state"}
     found[PASS].write_bytes(with_pages(state("pc-7.2"), 6 << 10))
     for back, there in ((UNPACK, PACK), (UNLOCK, LOCK)):
         found[back] = folder / there[0]
-        assert run(*there, "-q", "-o", found[back], plain).status == 0
+        assert run(*there, "-q", "-o", found[back], found[there]).status == 0
     return found
 
 
 def with_pages(content: bytes, count: int) -> bytes:
-    """A state with a section of RAM more, in which the first page is sent `count` times."""
+    """A state with a section of RAM more, in which the first page is sent `count` times, each time another."""
     end_of_body = b"\0\0\0\0\0\0\0\x10"
     at = content.index(end_of_body + b"\x7e") + 13
     number = content[at - 4 : at]
-    body = (b"\0\0\0\0\0\0\0\x08\6pc.ram" + os.urandom(4096)) * count
+    body = b"".join(b"\0\0\0\0\0\0\0\x08\6pc.ram" + os.urandom(4096) for _ in range(count))
     return content[:at] + b"\2" + number + body + end_of_body + b"\x7e" + number + content[at:]
 
 

@@ -258,10 +258,12 @@ def cont(path: str, force: bool = False) -> Standing:
         standing = look(monitor)
         if standing.run == "inmigrate":
             raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
-        if standing.moving:
+        found = marks.read(monitor)
+        # One whose memory is being brought is where it belongs; not so one that waits for a file that can be read.
+        if standing.moving and (marks.LAZY not in found or marks.HALTED in found):
             raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
         if not force:
-            marks.refuse(marks.read(monitor), standing.run, standing.given_away, path)
+            marks.refuse(found, standing.run, standing.given_away, path)
         marks.hold(monitor)
         after = cont_in(monitor)
         marks.stay(monitor)
@@ -306,6 +308,9 @@ def require_sendable(monitor: Monitor, path: str) -> Standing:
     """Where the guest stands; CannotDo where its state cannot be sent now, with QEMU's reason."""
     standing = look(monitor)
     if standing.moving:
+        if marks.LAZY in marks.names(monitor):
+            text = f"the guest at {path} cannot be saved or moved: its memory is still being brought from a file"
+            raise CannotDo(text, "its vm-restore ends when all is there; with --on-demand, SIGTERM has it do that")
         hint = "vm-status shows how far it is"
         raise CannotDo(f"the guest at {path} is migrating already ({standing.migration})", hint)
     words = {

@@ -15,7 +15,7 @@ from . import compression, marks
 from .command import hold_signals, no_more_signals, release_signals
 from .compare import Against
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
-from .guest import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, wait_for
+from .guest import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, tidy, wait_for
 from .monitor import Monitor
 from .octets import channel
 from .pageserver import Lost, PageServer, Place, Tally
@@ -205,8 +205,13 @@ class Lazy:
                 if time.monotonic() > give_up:
                     raise CannotDo(f"QEMU has not loaded the devices within {STARTS:.0f} s")
                 time.sleep(0.001)
-        except (GuestGone, Lost) as error:
-            raise self._refusal(error) from error
+        except VmstateError as error:
+            # A QEMU that waits for a page does not answer; once the channel has ended, it ends over that.
+            if self._serving and isinstance(self._serving.error, Damaged):
+                raise self._serving.error from error
+            if isinstance(error, GuestGone | Lost):
+                raise self._refusal(error) from error
+            raise
         if run and standing.run == "paused":
             # It is served nevertheless, and said when that is done.
             words = f"the guest at {self.path} is loaded, but stands paused: QEMU could not take its disks"
@@ -259,8 +264,13 @@ class Lazy:
         server = PageServer(self._file, self._opening, fd, fd, on_demand=plan.on_demand, first=plan.first)
         if found:
             server.take_up(found.bitmaps, found.path, found.said)
-        self._serving = Serving(server)
+        self._serving = Serving(server, self._hang_up)
         return self._serving
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._ours:
+                self._ours.shutdown(socket.SHUT_RDWR)
 
     def _halt(self) -> None:
         """A page that nobody has asked for cannot be read: stop the guest while all that is asked for can be."""
@@ -268,8 +278,9 @@ class Lazy:
         self._halted = True
         with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
             if look(monitor).run in RUNS:
-                monitor.ask("stop")
+                # Before it stands: that can take until it is served again, where it waits for a page.
                 marks.put(monitor, marks.HALTED)
+                monitor.ask("stop")
         self._serving.server.give_up()
 
     # the end
@@ -283,6 +294,8 @@ class Lazy:
                 monitor.ask("object-del", id=name)
         with contextlib.suppress(Refused):
             self._found.put_back(monitor)
+            if self._plan.resume:
+                tidy(monitor)
 
     def _judge_loss(self, error: BaseException) -> None:
         if not isinstance(error, Lost):

@@ -20,10 +20,11 @@ ANSWERS = 30.0
 
 
 class Serving:
-    """`start` it, then `wait`."""
+    """`start` it, then `wait`.  hang_up: called in its thread where it ends with an error."""
 
-    def __init__(self, server: PageServer) -> None:
+    def __init__(self, server: PageServer, hang_up: Callable[[], object] = lambda: None) -> None:
         self.server = server
+        self._hang_up = hang_up
         self.error: BaseException | None = None
         self._ended = threading.Event()
         self._told = False
@@ -57,6 +58,7 @@ class Serving:
             self.server.run(first)
         except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
             self.error = error
+            self._hang_up()
         self._ended.set()
 
 

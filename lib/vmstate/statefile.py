@@ -60,6 +60,8 @@ class RawFile(StateFile):
         self._base = os.lseek(fd, 0, os.SEEK_CUR)
         places = index.Places()
         state = judge(FdReader(fd), see=places.see)
+        # Whoever reads it as a whole after all begins at its beginning.
+        os.lseek(fd, self._base, os.SEEK_SET)
         records: dict[int, list[bytes]] = {}
         for kind, data in places.records(state):
             records.setdefault(kind, []).append(data)

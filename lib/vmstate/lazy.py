@@ -83,7 +83,10 @@ def identity(opening: Opening) -> str:
 
 
 class Lazy:
-    """One lazy restore: `start` returns when the guest runs, `finish` when QEMU has everything."""
+    """One lazy restore: `start` returns when the guest runs, `wait` when QEMU has everything.
+
+    Signals wait in between.
+    """
 
     def __init__(self, plan: Plan, report: Report, fd: int) -> None:
         self._plan = plan
@@ -164,7 +167,7 @@ class Lazy:
             monitor.give(NAME, theirs.fileno())
             Waiting.incoming(monitor)
             theirs.close()
-            release_signals()
+            # Until `wait`: from now on the guest may run, and then a signal is to have all of its memory be brought.
             serving.start(self._opening.stream())
             return self._until_it_runs(monitor, run)
 
@@ -233,6 +236,7 @@ class Lazy:
         with Monitor(self.path) as monitor:
             standing = self._require_lost(monitor)
             found = recover(monitor, self._opening)
+            hold_signals()
         self._ours = found.end
         self._make_serving(found.end.fileno(), found).start(self._opening.part())
         return patiently(self.path, self._run_on) if self._was_halted else standing.run
@@ -318,7 +322,11 @@ class Lazy:
         return Damaged(f"{error}; the guest at {self.path} {stands}", hint)
 
     def _put_back(self, error: BaseException) -> BaseException:
-        no_more_signals()
+        if isinstance(error, NotLazy):
+            # It may go on as an eager restore, which a signal ends.
+            hold_signals()
+        else:
+            no_more_signals()
         if self._ours:
             self._ours.close()
         if self._process:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import layout
+from .command import release_signals
 from .errors import CannotDo, Stopped
 from .monitor import Monitor
 from .pageserver import Lost, PageServer
@@ -36,10 +37,11 @@ class Serving:
     def wait(self, damaged: Callable[[], None]) -> BaseException | None:
         """What the server ended with, None where QEMU has everything.
 
-        A signal has it send all that is left first.  `damaged` is called once where a page cannot be read that nobody
-        has asked for; what is asked for is served on until `give_up`.
+        A signal, also one that has been held until now, has it send all that is left first.  `damaged` is called once
+        where a page cannot be read that nobody has asked for; what is asked for is served on until `give_up`.
         """
         try:
+            release_signals()
             return self._wait(damaged)
         except Stopped:
             self.server.finish_up()

@@ -1,42 +1,63 @@
-"""vm-restore with a death in it: after COUNT bytes of its channel behind the opening, the process kills itself.
+"""vm-restore with a death in it: after COUNT bytes of its channel the process kills itself.
 
-    lazily.py COUNT ARGUMENT...
+    lazily.py MONITOR COUNT ARGUMENT...
 
-A negative COUNT is counted from the end of the opening backwards.
+They are counted from the moment at which the guest runs, as its second monitor has it; with `-` for MONITOR from the
+end of the devices on, backwards where COUNT is negative.
 """
 
+import contextlib
 import os
 import runpy
 import shutil
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vm import Qmp
 from vmstate import pageserver
 
-left = int(sys.argv[1])
-found = shutil.which("vm-restore")
-assert found
-real = os.writev
-run = pageserver.PageServer.run
+monitor, left = sys.argv[1], int(sys.argv[2])
+counts = threading.Event()
+command = shutil.which("vm-restore")
+assert command
+real_write, real_run = os.writev, pageserver.PageServer.run
 
 
-def begin(server: pageserver.PageServer, first: bytes = b"") -> None:
+def look() -> None:
+    while not counts.is_set():
+        with contextlib.suppress(OSError), Qmp(monitor) as qmp:
+            if qmp.cmd("query-status")["running"]:
+                counts.set()
+        time.sleep(0.002)
+
+
+def run(server: pageserver.PageServer, first: bytes = b"") -> None:
     global left
-    left += len(first)
-    run(server, first)
+    if monitor == "-":
+        left += len(first)
+        counts.set()
+    else:
+        threading.Thread(target=look, daemon=True).start()
+    real_run(server, first)
 
 
 def write(fd: int, views: list[memoryview]) -> int:
     global left
-    data = b"".join(views)[:left]
-    count = real(fd, [memoryview(data)])
+    if not counts.is_set():
+        return real_write(fd, views)
+    count = os.write(fd, b"".join(views)[:left]) if left else 0
     left -= count
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     return count
 
 
-pageserver.PageServer.run = begin  # type: ignore[method-assign]
+pageserver.PageServer.run = run  # type: ignore[method-assign]
 os.writev = write  # type: ignore[assignment]
-sys.argv = [found, *sys.argv[2:]]
-runpy.run_path(found, run_name="__main__")
+sys.argv = [command, *sys.argv[3:]]
+runpy.run_path(command, run_name="__main__")

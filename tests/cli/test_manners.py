@@ -168,6 +168,22 @@ def test_quiet_gives_no_hints(command: str) -> None:
         (("vm-restore", "--run", "--paused", "a"), "--paused"),
         (("vm-restore", "--", "qemu", "-nographic"), "-nographic"),
         (("vm-restore", "--", "qemu", "-serial", "stdio"), "stdio"),
+        (("vm-restore", "--on-demand", "a"), "--on-demand goes with --lazy"),
+        (("vm-restore", "--record", "f", "a"), "--record goes with --lazy"),
+        (("vm-restore", "--prefetch", "f", "a"), "--prefetch goes with --lazy"),
+        (("vm-restore", "--detach", "a"), "--detach goes with --lazy"),
+        (("vm-restore", "--i-am-sure", "a"), "--i-am-sure goes with"),
+        (("vm-restore", "--lazy", "--i-am-sure", "a"), "--i-am-sure goes with --resume"),
+        (("vm-restore", "--lazy", "--log", "f", "a"), "--log goes with --detach"),
+        (("vm-restore", "--lazy", "--from", "cat f", "a"), "--from does not go with --lazy"),
+        (("vm-restore", "--lazy", "--commit", "a"), "--commit does not go with --lazy"),
+        (("vm-restore", "--lazy", "--through", "cat", "a"), "--through does not go with --lazy"),
+        (("vm-restore", "--lazy", "--run", "--paused", "a"), "--paused"),
+        (("vm-restore", "--lazy", "--detach", "--", "qemu"), "--detach needs the path"),
+        (("vm-restore", "--resume", "--run", "a"), "--resume is for a guest that is there"),
+        (("vm-restore", "--resume", "--paused", "a"), "--resume is for a guest that is there"),
+        (("vm-restore", "--resume", "--", "qemu"), "--resume is for a guest that is there"),
+        (("vm-restore", "--lazy", "--stdio"), "wrong usage"),
         (("vm-compress", "--level", "20"), "--level"),
         (("vm-compress", "-T", "x"), "--threads"),
         (("vm-compress", "-d", "-3"), "-d"),
@@ -312,7 +328,11 @@ def test_a_dump_is_not_written_to_a_terminal(guests: Guests, work: Path, termina
     assert run("vm-dump", "-q", "--to", "cat > s2", "a.qmp", cwd=work, stdout=terminal).status == 0
 
 
-@pytest.mark.parametrize("command", [*FILTERS, *READERS, ("vm-restore", "a.qmp"), ("vm-announce",)], ids=name_of)
+@pytest.mark.parametrize(
+    "command",
+    [*FILTERS, *READERS, ("vm-restore", "a.qmp"), ("vm-restore", "--lazy", "a.qmp"), ("vm-announce",)],
+    ids=name_of,
+)
 def test_nothing_is_read_from_a_terminal(command: tuple[str, ...], terminal: int, gnupg: Path) -> None:
     refused(run(*command, stdin=terminal), command[0], 2, "standard input is a terminal", "hint: ")
 

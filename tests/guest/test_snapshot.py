@@ -129,7 +129,7 @@ def test_killed_in_the_middle(guests: Guests, work: Path, number: int) -> None:
     try:
         until(lambda: active(source), 20, "the snapshot is on its way")
         os.kill(dumper(process.pid), number)
-        process.wait(20)
+        process.wait(60)
     finally:
         end(process)
     until(lambda: not active(source), 20, "QEMU has given up")

@@ -1,113 +1,302 @@
-"""The index of a .vmz: every page where it was last, and the same facts as in the whole stream."""
+"""The index of a .vmz: the last copy of each page, whatever came before it, and the state without its pages."""
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmstate import index, layout, vmz
+from vmstate import index, layout, packing, vmz
 from vmstate.check import State
 from vmstate.errors import CannotDo
-from vmstate.index import PACKED, BlockIndex, Places
 from vmstate.pages import AGAIN, NORMAL, ZERO, PageMap
 from vmstate.reader import StateReader
-from vmstate.records import Block, Blocks, Pages
-from vmstate.records import Packed as PackedPage
+from vmstate.records import Block, Blocks, EndOfBody, Packed, Pages, Record
 from vmstate.statefile import RawFile, state_of
 from vmstate.survey import survey, survey_index
+from vmstate.vmzfile import VmzFile
+from vmstate.writer import encode
 
-from unit.packed import kept, opened, pack
+from unit.packed import kept, pack
 from unit.streams import GOOD, Pieces, state
+from unit.test_vmz_format import Places as Walk
 
 PAGE = 4096
-DIFFERENCE = "a difference"
-Last = dict[tuple[bytes, int], bytes | str]
+NONE = memoryview(b"")
+RAM = Block(b"pc.ram", 40 * PAGE)
+# Room for the name in the first record of each run
+NAMED = 1 + len(RAM.name)
+# Some runs and pages that are kept, down to one
+FEW = [(index.MOST_RUNS, index.MOST_PAGES), (8, 1 << 20), (1 << 20, 16), (1, 1), (0, 0)]
+PLAIN, DELTA = "plain", "delta"
 
 
-@functools.cache
-def packed(name: str) -> bytes:
-    return pack(state(name))
+@contextmanager
+def opened(stream: bytes, cache: int = 32 << 20) -> Iterator[VmzFile]:
+    fd = os.memfd_create("state")
+    try:
+        packing.compress(Pieces(stream), fd, 1, 2)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield VmzFile(fd, cache=cache)
+    finally:
+        os.close(fd)
 
 
-@functools.cache
-def last_copies(name: str) -> tuple[Last, Counter[tuple[bytes, int]]]:
-    """What became of each page, told from the records of the stream: its content, and how often it was sent."""
-    found: Last = {}
-    sent: Counter[tuple[bytes, int]] = Counter()
-    for record in StateReader(Pieces(state(name))):
+# Records by hand: each is its kind, first page and number of pages
+
+
+Sent = tuple[str | int, int, int]
+
+
+def records(sent: list[Sent]) -> Iterator[Record]:
+    """One behind the other, from offset 100 on."""
+    offset = 100
+    for kind, first, count in sent:
+        if kind == DELTA:
+            for page in range(first, first + count):
+                made: Record = Packed(RAM, layout.RAM_SAVE_FLAG_XBZRLE, True, page * PAGE, b"1234", offset=offset)
+                yield made
+                offset += len(encode(made))
+        else:
+            zero = kind == ZERO
+            yield Pages(RAM, zero, True, ((first * PAGE, count),), PAGE, NONE, offset=offset)
+            offset += NAMED + count * (9 if zero else 8 + PAGE)
+
+
+def model(sent: list[Sent]) -> dict[int, tuple[int, int]]:
+    """Kind and place of each page that was sent."""
+    last: dict[int, tuple[int, int]] = {}
+    for record in records(sent):
+        if isinstance(record, Packed):
+            new = [(record.address // PAGE, NORMAL | index.PACKED, record.offset)]
+        else:
+            assert isinstance(record, Pages)
+            ((address, count),) = record.runs
+            kind, begin = ZERO if record.zero else NORMAL, record.offset + record.first
+            new = [(address // PAGE + n, kind, 0 if record.zero else begin + n * (8 + PAGE)) for n in range(count)]
+        for page, kind, place in new:
+            last[page] = kind | (AGAIN if page in last else 0), place
+    return last
+
+
+def indexed(sent: list[Sent]) -> index.BlockIndex:
+    """There and back."""
+    places, page_map = index.Places(), PageMap(RAM, PAGE)
+    places.see(Blocks(RAM.size, (RAM,)))
+    for record in records(sent):
+        places.see(record)
         if isinstance(record, Pages):
-            addresses = [first + record.page * n for first, count in record.runs for n in range(count)]
-            for n, address in enumerate(addresses):
-                at = record.first + n * record.stride
-                place = record.block.name, address // record.page
-                found[place] = bytes(record.page) if record.zero else bytes(record.raw[at : at + record.page])
-                sent[place] += 1
-        elif isinstance(record, PackedPage):
-            place = record.block.name, record.address // record.page
-            found[place] = DIFFERENCE
-            sent[place] += 1
-    return found, sent
+            for address, count in record.runs:
+                page_map.mark(address, count, record.zero)
+        elif isinstance(record, Packed):
+            page_map.mark(record.address, 1, False)
+    made = places.records(State(maps={RAM.name: page_map}))
+    found = index.parse_blocks({vmz.REC_BLOCK: [data for kind, data in made if kind == vmz.REC_BLOCK]}, 0)[RAM.name]
+    assert (found.block, found.page, found.again) == (RAM, PAGE, page_map.again)
+    assert found.page_map().kinds() == page_map.kinds()
+    assert found.page_map().count() == page_map.count()
+    return found
 
 
-# Every page of real states
+def agrees(sent: list[Sent]) -> None:
+    found, expected = indexed(sent), model(sent)
+    for page in range(RAM.size // PAGE):
+        assert found.find(page) == expected.get(page, (0, 0)), page
+    # The runs say the same, and cover the block.
+    at = 0
+    for first, count, kind, place in found.runs():
+        assert (first, count > 0) == (at, True)
+        assert (kind, place) == expected.get(first, (0, 0))
+        at += count
+    assert at == RAM.size // PAGE
+
+
+@pytest.fixture(params=FEW, ids=str)
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, pages = request.param
+    monkeypatch.setattr(index, "MOST_RUNS", runs)
+    monkeypatch.setattr(index, "MOST_PAGES", pages)
+
+
+CASES: dict[str, list[Sent]] = {
+    "nothing": [],
+    "once": [(PLAIN, 0, 40)],
+    "rounds": [(PLAIN, 0, 40), (PLAIN, 5, 10), (PLAIN, 8, 20), (PLAIN, 9, 1)],
+    "backwards": [(PLAIN, page, 1) for page in reversed(range(40))],
+    "the same again": [(PLAIN, 7, 3)] * 9,
+    "zero after normal": [(PLAIN, 0, 40), (ZERO, 3, 30), (ZERO, 39, 1)],
+    "normal after zero": [(ZERO, 0, 40), (PLAIN, 3, 30), (PLAIN, 39, 1)],
+    "to and fro": [(PLAIN, 0, 9), (ZERO, 2, 5), (PLAIN, 3, 2), (ZERO, 4, 1), (PLAIN, 4, 1), (ZERO, 3, 1)],
+    "deltas": [(PLAIN, 0, 40), (DELTA, 4, 6), (PLAIN, 6, 2), (DELTA, 7, 1), (ZERO, 9, 1), (DELTA, 39, 1)],
+    "gaps": [(PLAIN, 1, 1), (ZERO, 3, 2), (PLAIN, 38, 1)],
+}
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_copy_wins(case: str) -> None:
+    agrees(CASES[case])
+
+
+def test_what_is_last_in_each_case() -> None:
+    """By hand, so that the model above is not all that there is."""
+    found = indexed(CASES["zero after normal"])
+    assert found.find(2) == (NORMAL, 100 + 8 + NAMED + 2 * 4104)
+    assert found.find(3) == (ZERO | AGAIN, 0)
+    found = indexed(CASES["normal after zero"])
+    second = 100 + NAMED + 40 * 9
+    assert found.find(2) == (ZERO, 0)
+    assert found.find(32) == (NORMAL | AGAIN, second + 8 + NAMED + 29 * 4104)
+    for number in (-1, 40):
+        with pytest.raises(IndexError):
+            found.find(number)
+    found = indexed(CASES["deltas"])
+    assert found.find(4) == (NORMAL | AGAIN | index.PACKED, 100 + NAMED + 40 * 4104)
+    assert len(list(found.runs())) < 14
+
+
+spans = st.integers(0, 39).flatmap(lambda first: st.tuples(st.just(first), st.integers(1, 40 - first)))
+sends = st.lists(st.tuples(st.sampled_from([PLAIN, PLAIN, ZERO, DELTA]), spans).map(lambda one: (one[0], *one[1])))
+
+
+@given(sends, st.sampled_from(FEW))
+@settings(deadline=None, max_examples=300)
+def test_any_order_of_pages(sent: list[Sent], few: tuple[int, int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "MOST_RUNS", few[0])
+        patch.setattr(index, "MOST_PAGES", few[1])
+        agrees(sent)
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that writes the same pages again and again costs no more than once."""
+    monkeypatch.setattr(index, "MOST_RUNS", 100)
+    layers, most = index._Layers(), 0
+    for record in records([(PLAIN, page % 40, 1) for page in range(0, 40 * 500, 7)]):
+        assert isinstance(record, Pages)
+        layers.add(record)
+        most = max(most, len(layers._runs) // 3)
+    assert most <= 2 * 40 + 100 + 1
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("name", ["live-10.0", "q35-7.2", "xbzrle-10.0"])
+def test_what_is_thrown_away_makes_no_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(state(name)) as file:
+        found = file.blocks
+    monkeypatch.undo()
+    with opened(state(name)) as file:
+        assert file.blocks == found
+
+
+# Real states
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_every_page(name: str) -> None:
-    last, sent = last_copies(name)
-    with opened(packed(name)) as file:
+    stream, walk = state(name), Walk(state(name))
+    with opened(stream) as file:
+        assert [block.block.name.decode() for block in file.blocks.values()] == list(walk.blocks)
         for block in file.blocks.values():
             for number in range(block.pages):
-                place = block.block.name, number
-                if last.get(place) == DIFFERENCE:
-                    with pytest.raises(LookupError, match=f"page {number} of .* was sent as a difference, or packed"):
-                        file.page(*place)
-                else:
-                    content = file.page(*place)
-                    assert (None if content is None else bytes(content)) == last.get(place), place
-                kind, _ = block.find(number)
-                assert bool(kind & AGAIN) == (sent[place] > 1), place
+                kind, place = walk.last.get((block.block.name.decode(), number), (0, 0))
+                if kind & index.PACKED:
+                    with pytest.raises(LookupError, match="sent as a difference, or packed"):
+                        file.page(block.block.name, number)
+                    continue
+                found = file.page(block.block.name, number)
+                expected = stream[place : place + PAGE] if kind & NORMAL else bytes(PAGE) if kind else None
+                assert found == expected, (block.block.text, number)
             for number in (-1, block.pages):
                 with pytest.raises(IndexError):
                     file.page(block.block.name, number)
         with pytest.raises(KeyError):
-            file.page(b"no such block", 0)
-        assert all(number < file.blocks[block].pages for block, number in last)
-
-
-def test_the_states_have_what_is_to_be_shown() -> None:
-    """Pages sent again, differences, packed ones, and such that are missing."""
-    kinds = Counter(kind for name in GOOD for kind in all_kinds(name))
-    wanted = [0, ZERO, NORMAL, NORMAL | AGAIN, NORMAL | PACKED, NORMAL | AGAIN | PACKED]
-    assert all(kinds[kind] for kind in wanted), kinds
-    for name, least in (("live-7.2", 3), ("live-10.0", 3), ("xbzrle-7.2", 3)):
-        assert max(last_copies(name)[1].values()) >= least
-    with opened(packed("live-10.0")) as file:
-        assert len(file.blocks) > 3
-
-
-def all_kinds(name: str) -> list[int]:
-    with opened(packed(name)) as file:
-        return [kind for block in file.blocks.values() for _, _, kind, _ in block.runs()]
+            file.page(b"no.ram", 0)
 
 
 @pytest.mark.parametrize("name", GOOD)
-@pytest.mark.parametrize(("runs", "pages"), [(1, 1 << 23), (1 << 18, 1), (20, 100)])
-def test_merging_makes_no_difference(name: str, runs: int, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "MOST_RUNS", runs)
-    monkeypatch.setattr(index, "MOST_PAGES", pages)
-    assert pack(state(name)) == packed(name)
+def test_a_survey_by_the_index(name: str) -> None:
+    """All that vm-inspect shows but for pages that are the same, which only the pages themselves tell."""
+    whole = survey(Pieces(state(name)))
+    with opened(state(name)) as file:
+        quick = survey_index(file)
+    assert without_duplicates(quick.everything()) == without_duplicates(whole.everything())
+    assert {block["duplicate"] for block in quick.values()["blocks"]} <= {None}
+    assert quick.state.parts == whole.state.parts
+    for one, other in zip(quick.maps, whole.maps, strict=True):
+        assert one.kinds() == other.kinds()
+
+
+def without_duplicates(values: dict[str, Any]) -> dict[str, Any]:
+    blocks = [{name: value for name, value in block.items() if name != "duplicate"} for block in values["blocks"]]
+    return {**values, "blocks": blocks}
+
+
+def resent(name: str, more: bytes) -> bytes:
+    """The state with more records before its last section of RAM ends."""
+    stream = state(name)
+    at = [record.offset for record in StateReader(Pieces(stream)) if isinstance(record, EndOfBody)][-1]
+    return stream[:at] + more + stream[at:]
+
+
+def test_pages_that_are_sent_again_in_a_real_state() -> None:
+    name = "pc-10.0"
+    with opened(state(name)) as file:
+        ram = next(iter(file.blocks.values()))
+    kinds = [ram.find(number)[0] for number in range(ram.pages)]
+    full, second, third = [number for number, kind in enumerate(kinds) if kind == NORMAL][:3]
+    empty, empty_too = [number for number, kind in enumerate(kinds) if kind == ZERO][:2]
+    one, two = (random.Random(seed).randbytes(PAGE) for seed in (1, 2))
+
+    def page(number: int, content: bytes | None) -> bytes:
+        raw = memoryview(bytes(9 + len(ram.block.name)) + (b"\0" if content is None else content))
+        return encode(Pages(ram.block, content is None, True, ((number * PAGE, 1),), PAGE, raw))
+
+    more = [page(full, None), page(empty, one), page(second, one), page(second, two), page(empty_too, two)]
+    more += [page(empty_too, None), page(third, None), page(third, one)]
+    stream = resent(name, b"".join(more))
+    with opened(stream) as file, opened(state(name)) as before:
+        pages = {number: file.page(ram.block.name, number) for number in range(ram.pages)}
+        changed = {full: bytes(PAGE), empty: one, second: two, empty_too: bytes(PAGE), third: one}
+        for number, found in pages.items():
+            assert found == changed.get(number, before.page(ram.block.name, number)), number
+        assert file.blocks[ram.block.name].again == before.blocks[ram.block.name].again + len(more)
+        assert file.blocks[ram.block.name].find(full) == (ZERO | AGAIN, 0)
+        assert without_duplicates(survey_index(file).values()) == without_duplicates(survey(Pieces(stream)).values())
+
+
+@pytest.mark.parametrize("cache", [0, 256 << 10, 32 << 20])
+def test_reads_over_edges_and_a_bound_of_the_cache(cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vmz, "FRAME", 64 << 10)
+    monkeypatch.setattr(vmz, "GROUP", 3 * (64 << 10))
+    stream = state("q35-7.2")
+    with opened(stream, cache) as file:
+        assert len(file.pieces) > 8
+        for edge in [*file.pieces, file.content]:
+            for offset in (edge - PAGE, edge - PAGE + 1, edge - 1, edge):
+                for count in (1, PAGE, 200_000):
+                    if offset >= 0 and offset + count <= file.content:
+                        assert file.read(offset, count) == stream[offset : offset + count]
+            assert sum(map(len, file._frames.values())) <= max(cache, 2 * (64 << 10))
+        assert file.read(0, file.content) == stream
+        for offset, count in ((-1, 2), (file.content, 1), (0, file.content + 1)):
+            with pytest.raises(IndexError):
+                file.read(offset, count)
 
 
 @pytest.mark.parametrize("window", [1, 7, 100])
 def test_windows_make_no_difference(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on in the next window is one run, or two that say the same."""
-    monkeypatch.setattr(index, "WINDOW", window)
     for name in ("live-7.2", "compress-7.2", "virtio-mem-10.0"):
-        with opened(pack(state(name))) as file, opened(packed(name)) as other:
+        monkeypatch.undo()
+        with opened(state(name)) as other:
+            monkeypatch.setattr(index, "WINDOW", window)
+        with opened(state(name)) as file:
             for key, block in file.blocks.items():
                 same = other.blocks[key]
                 assert [block.find(n) for n in range(block.pages)] == [same.find(n) for n in range(same.pages)]
@@ -115,40 +304,16 @@ def test_windows_make_no_difference(window: int, monkeypatch: pytest.MonkeyPatch
 
 def test_it_is_small() -> None:
     for name in ("q35-10.0", "virt-aarch64-7.2"):
-        with opened(packed(name)) as file:
+        with opened(state(name)) as file:
             size = sum(len(data) for kind in (vmz.REC_STATE, vmz.REC_BLOCK) for data in file.records[kind])
             assert size < 3000, name
             assert sum(len(block.starts) for block in file.blocks.values()) < 400
 
 
-# The state as the index has it
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_the_survey_is_that_of_the_whole_stream(name: str) -> None:
-    whole = survey(Pieces(state(name)))
-    with opened(packed(name)) as file:
-        found = survey_index(file)
-        expected, values = whole.everything(), found.everything()
-        for block in values["blocks"]:
-            assert block.pop("duplicate") is None
-        for block in expected["blocks"]:
-            assert block.pop("duplicate") is not None
-        assert values == expected
-        assert found.how() == whole.how()
-        # To the last page
-        for one, other in zip(found.maps, whole.maps, strict=True):
-            assert (one.block.name, one.block.size, one.page) == (other.block.name, other.block.size, other.page)
-            assert one.kinds() == other.kinds()
-            assert (one.again, one.covered, one.first_unsent()) == (other.again, other.covered, other.first_unsent())
-        one, other = found.state, whole.state
-        assert {**vars(one), "maps": None} == {**vars(other), "maps": None}
-
-
 @pytest.mark.parametrize("name", ["live-7.2", "xbzrle-10.0", "virtio-mem-10.0"])
 def test_it_needs_few_frames(name: str) -> None:
     """Head and devices, not RAM."""
-    with opened(packed(name)) as file:
+    with opened(state(name)) as file:
         read: list[tuple[int, int]] = []
         read_one, file.read = file.read, lambda at, count: (read.append((at, count)), read_one(at, count))[1]  # type: ignore[method-assign]
         state_of(file)
@@ -159,133 +324,26 @@ def test_it_needs_few_frames(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["live-7.2", "compress-7.2", "virtio-mem-10.0", "ignore-shared-10.0"])
 def test_a_plain_state_has_the_same_index(name: str) -> None:
-    with kept(state(name)) as fd, opened(packed(name)) as other:
+    with kept(state(name)) as fd, opened(state(name)) as other:
         file = RawFile(fd)
         assert (file.facts, file.blocks, file.content) == (other.facts, other.blocks, other.content)
         assert survey_index(file).values() == survey_index(other).values()
         for key, block in file.blocks.items():
             for n in range(block.pages):
-                if not block.find(n)[0] & PACKED:
+                if not block.find(n)[0] & index.PACKED:
                     assert file.page(key, n) == other.page(key, n)
 
 
 def test_without_an_index() -> None:
-    with opened(pack(state("pc-7.2"), other=True)) as file, pytest.raises(CannotDo, match="this .vmz has no index"):
-        survey_index(file)
+    with kept(pack(state("pc-7.2"), other=True)) as fd, pytest.raises(CannotDo, match="this .vmz has no index"):
+        survey_index(VmzFile(fd))
 
 
 def test_a_reader_of_a_part() -> None:
     content = state("pc-7.2")
-    with opened(packed("pc-7.2")) as file:
+    with opened(state("pc-7.2")) as file:
         for begin, end in ((0, None), (5, 6), (1000, 300_000), (len(content) - 1, None), (7, 7)):
             reader, found, view = file.reader(begin, end), bytearray(), memoryview(bytearray(50_000))
             while count := reader.readinto(view):
                 found += view[:count]
             assert found == content[begin:end]
-
-
-# Any order in which pages can come
-
-BLOCKS = (Block(b"one", 40 * PAGE), Block(b"two", 64 * PAGE - 100))
-Sent = tuple[int, str, list[tuple[int, int]]]
-
-
-@st.composite
-def sendings(draw: st.DrawFn) -> list[Sent]:
-    """Of which block, what, and the runs: first page and number of pages."""
-    found = []
-    for _ in range(draw(st.integers(0, 25))):
-        block, what = draw(st.integers(0, 1)), draw(st.sampled_from(["normal", "normal", "zero", "delta"]))
-        pages, runs = (40, 64)[block], []
-        for _ in range(1 if what == "delta" else draw(st.integers(1, 3))):
-            first = draw(st.integers(0, pages - 1))
-            runs.append((first, 1 if what == "delta" else draw(st.integers(1, pages - first))))
-        found.append((block, what, runs))
-    return found
-
-
-class Model:
-    """What is known of each page without any runs."""
-
-    def __init__(self) -> None:
-        self.places = Places()
-        self.maps = [PageMap(block, PAGE) for block in BLOCKS]
-        self.pages: dict[tuple[int, int], tuple[int, int]] = {}
-        self.at = 100
-        self.places.see(Blocks(0, BLOCKS, offset=10))
-
-    def send(self, number: int, what: str, runs: list[tuple[int, int]]) -> None:
-        block, zero = BLOCKS[number], what == "zero"
-        if what == "delta":
-            first = runs[0][0]
-            record = PackedPage(block, layout.RAM_SAVE_FLAG_XBZRLE, False, first * PAGE, b"x", offset=self.at)
-            self.places.see(record)
-            self.put(number, first, NORMAL | PACKED, self.at)
-            self.at += 20
-            return
-        spans = tuple((first * PAGE, count) for first, count in runs)
-        pages = Pages(block, zero, True, spans, PAGE, memoryview(b""), offset=self.at)
-        self.places.see(pages)
-        place = self.at + pages.first
-        for first, count in runs:
-            for page in range(first, first + count):
-                self.put(number, page, ZERO if zero else NORMAL, 0 if zero else place)
-                place += pages.stride
-        self.at = place + 7
-
-    def put(self, number: int, page: int, kind: int, place: int) -> None:
-        again = AGAIN if (number, page) in self.pages else 0
-        self.pages[number, page] = kind | again, place
-        self.maps[number].mark(page * PAGE, 1, kind == ZERO)
-
-    def blocks(self) -> list[BlockIndex]:
-        made = State(maps={page_map.block.name: page_map for page_map in self.maps})
-        records: dict[int, list[bytes]] = {}
-        for kind, data in self.places.records(made):
-            records.setdefault(kind, []).append(data)
-        return list(index.parse_blocks(records, 0).values())
-
-
-@given(sendings(), st.sampled_from([1, 3, 1 << 18]), st.sampled_from([1, 50, 1 << 23]), st.sampled_from([5, 1 << 20]))
-@settings(deadline=None, max_examples=150)
-def test_pages_in_any_order(sent: list[Sent], runs: int, pages: int, window: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "MOST_RUNS", runs)
-        patch.setattr(index, "MOST_PAGES", pages)
-        patch.setattr(index, "WINDOW", window)
-        model = Model()
-        for one in sent:
-            model.send(*one)
-        blocks = model.blocks()
-    for number, block in enumerate(blocks):
-        assert (block.block, block.page, block.again) == (BLOCKS[number], PAGE, model.maps[number].again)
-        assert [block.find(n) for n in range(block.pages)] == [
-            model.pages.get((number, n), (0, 0)) for n in range(block.pages)
-        ]
-        assert block.page_map().kinds() == model.maps[number].kinds()
-        assert sum(count for _, count, _, _ in block.runs()) == block.pages
-
-
-def test_neighbours_are_one_run() -> None:
-    model = Model()
-    for first in range(0, 30, 10):
-        runs = ((first * PAGE, 10),)
-        model.places.see(Pages(BLOCKS[0], False, first == 0, runs, PAGE, memoryview(b""), offset=model.at))
-        model.maps[0].mark(first * PAGE, 10, False)
-        model.at += 10 * (8 + PAGE) + (4 if first == 0 else 0)
-    one, two = model.blocks()
-    assert list(one.runs()) == [(0, 30, NORMAL, 100 + 8 + 4), (30, 10, 0, 0)]
-    assert list(two.runs()) == [(0, 64, 0, 0)]
-
-
-def test_what_lies_over_others_does_not_grow() -> None:
-    """A guest that writes to the same pages for hours has an index that is no larger."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "MOST_RUNS", 50)
-        model, most = Model(), 0
-        for round_ in range(3000):
-            model.send(0, "normal", [(round_ % 40, 1)])
-            most = max(most, len(model.places._blocks[b"one"]._runs) // 3)
-        assert most <= 40 + 2 * 50
-        (one, _) = model.blocks()
-        assert [one.find(n) for n in range(40)] == [model.pages[0, n] for n in range(40)]

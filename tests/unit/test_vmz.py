@@ -189,7 +189,7 @@ def test_a_view_of_any_size() -> None:
 
 
 def test_the_last_bytes_leave_only_with_the_end() -> None:
-    content = some(HOLD + 3 * vmz.GROUP)
+    content = some(HOLD + 7 * vmz.GROUP)
     data = pack(content, other=True)
     end = frames(data)[-2]
     for cut in (end.at, end.at + 20, end.end, len(data) - 1):
@@ -197,7 +197,8 @@ def test_the_last_bytes_leave_only_with_the_end() -> None:
             with pytest.raises(Damaged, match="truncated"):
                 packing.decompress(Pieces(data[:cut]), fd, 2, other=True)
             left = os.fstat(fd).st_size
-        assert len(content) - HOLD - vmz.FRAME <= left <= len(content) - HOLD
+        # Groups that were being unpacked are not there.
+        assert 2 * vmz.GROUP < left <= len(content) - HOLD
 
 
 # At random

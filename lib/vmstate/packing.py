@@ -123,6 +123,8 @@ def listing(source: Reader, fd: int) -> dict[str, Any]:
         frames = sum(-(-content // tally.size) for content in tally.contents)
     else:
         first = read_up_to(source, compression.FIRST)
+        if not first:
+            raise Damaged("the input is empty")
         if compression.recognise(first) != "vmz":
             raise CannotDo(f"no .vmz: found {compression.words_for(first)}", "zstd -l tells of zstd files")
         unvmz = vmz.Unvmz(Pushback(first, source))

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Done, run, shell
+from unit.packed import HARMLESS, Damage, frames
+from unit.streams import BAD, state
 
 # Most of what is packed here is no state.
 COMMAND = (sys.executable, str(ROOT / "bin" / "vm-compress"), "--any")
@@ -25,6 +27,11 @@ MEMORY = 256 << 20
 
 def compress(*options: str | Path, **kwargs: Any) -> Done:
     return run(*COMMAND, *options, env=ENVIRONMENT, **kwargs)
+
+
+def state_compress(*options: str | Path, **kwargs: Any) -> Done:
+    """Of states alone."""
+    return run(*COMMAND[:-1], *options, env=ENVIRONMENT, **kwargs)
 
 
 def some(length: int) -> bytes:
@@ -283,3 +290,202 @@ def test_packing_takes_little_memory(options: str, work: Path) -> None:
     status, most = peak(f"{' '.join(COMMAND)} {options} f > g", work)
     assert status == 0
     assert most < MEMORY
+
+
+# States
+
+
+@pytest.mark.parametrize("name", ["q35-10.0", "live-7.2"])
+def test_a_state(name: str, work: Path) -> None:
+    content = state(name)
+    (work / "s").write_bytes(content)
+    for options in ((), ("-5",), ("-T", "1"), ("--level=12",)):
+        assert state_compress(*options, "-o", "s.vmz", "s", cwd=work) == Done(0, b"", "")
+        whole = (work / "s.vmz").read_bytes()
+        for back in ({"input": whole}, {"stdin": (work / "s.vmz").open("rb")}):
+            done = state_compress("-d", **back)
+            assert (done.status, done.out, done.err) == (0, content, "")
+        assert state_compress("-d", "--any", "s.vmz", cwd=work).out == content
+        assert state_compress("--test", "s.vmz", cwd=work) == Done(0, b"", "")
+        assert state_compress("--test", input=whole) == Done(0, b"", "")
+    assert f"{len(content) / 1024:.1f} KiB out" in state_compress("--test", "-v", input=whole).err
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_no_whole_state(name: str, work: Path) -> None:
+    """It is refused, and what has come out is no file to any of us."""
+    (work / "s").write_bytes(state(name))
+    done = state_compress("s", cwd=work)
+    assert done.status == 3
+    (work / "f").write_bytes(done.out)
+    for command in ("vm-compress -d", "vm-compress --test --any", "vm-compress --list", "vm-verify", "vm-inspect"):
+        for line in (f"{command} f", f"cat f | {command}"):
+            assert shell(line, work).status == 3, line
+    assert state_compress("-o", "named", "s", cwd=work).status == 3
+    assert not (work / "named").exists()
+    assert state_compress("--any", "-o", "named", "s", cwd=work).status == 0
+    # Packed all the same, it is still no whole state to who wants one.
+    for command in ("vm-compress -d", "vm-compress --test", "vm-verify", "cat named | vm-compress -d"):
+        line = command if "named" in command else f"{command} named"
+        assert shell(line, work).status == 3, line
+    assert state_compress("-d", "--any", "named", cwd=work).out == state(name)
+
+
+def test_other_bytes_need_to_be_asked_for(work: Path) -> None:
+    (work / "f").write_bytes(b"no state" * 1000)
+    done = state_compress("f", cwd=work)
+    assert (done.status, done.out) == (3, b"")
+    assert "hint: with --any other bytes than those of a state are taken" in done.err
+    packed = compress("f", cwd=work).out
+    done = state_compress("-d", input=packed)
+    assert (done.status, done.out) == (3, b"")
+    assert "hint: with --any " in done.err
+    assert state_compress("--test", input=packed).status == 3
+    assert compress("--test", input=packed) == Done(0, b"", "")
+
+
+def test_a_foreign_file_is_judged(work: Path) -> None:
+    """Of a zstd file the content is judged as a state, unless it may be any bytes."""
+    content = state("pc-7.2")
+    (work / "s").write_bytes(content)
+    packed = run("zstd", "-qc", "s", cwd=work).out
+    for options in (("-d",), ("-d", "--any")):
+        assert state_compress(*options, input=packed) == Done(0, content, "")
+    assert state_compress("--test", input=packed) == Done(0, b"", "")
+    (work / "s").write_bytes(content[:-1])
+    cut = run("zstd", "-qc", "s", cwd=work).out
+    done = state_compress("-d", input=cut)
+    assert (done.status, done.out) == (3, b"")
+    assert "truncated at offset" in done.err
+    assert compress("-d", input=cut) == Done(0, content[:-1], "")
+    assert state_compress("--test", input=cut).status == 3
+
+
+def test_damaged_states(work: Path) -> None:
+    """tests/long/check_vmz.py has more of them, and larger ones."""
+    damage = Damage(state_compress(input=state("q35-7.2")).out)
+    changes = [*damage.flips(30), *damage.flips_between(20), *damage.cuts(50)][:100]
+    assert len(changes) == 100
+
+    def judge(which: int) -> None:
+        for number, change in list(enumerate(changes))[which::2]:
+            path = work / f"f{which}"
+            path.write_bytes(change.data)
+            options, source = (("-d", path), {}) if number % 4 < 2 else (("-d",), {"input": change.data})
+            done = state_compress(*options, **source)
+            if done.status == 0 and int(change.what.split()[1].rstrip(",")) in HARMLESS:
+                assert done.out == damage.content, change.what
+                continue
+            if done.status != 3 or len(done.out) > damage.mark or not damage.content.startswith(done.out):
+                wrong.append(change.what)
+
+    wrong: list[str] = []
+    threads = [threading.Thread(target=judge, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(150)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+# What a file says
+
+
+def listed(data: bytes, work: Path) -> dict[str, Any]:
+    """The same from a file and from a pipe."""
+    (work / "f").write_bytes(data)
+    by_name, by_pipe = (
+        state_compress("--list", "--json", **source) for source in ({"stdin": (work / "f").open("rb")}, {"input": data})
+    )
+    assert (by_name.status, by_name.err) == (0, "")
+    assert by_pipe == by_name
+    assert state_compress("--list", "--json", "f", cwd=work) == by_name
+    found: dict[str, Any] = json.loads(by_name.out)
+    assert (found["type"], found["status"], found["vmstate"]) == ("list", 0, 1)
+    return found
+
+
+def test_a_list_of_a_state(work: Path) -> None:
+    content = state("live-10.0")
+    packed = state_compress(input=content).out
+    found = listed(packed, work)
+    assert (found["machine"], found["content"], found["packed"]) == ("pc-i440fx-10.0", len(content), len(packed))
+    assert found["runstate"] == "running"
+    assert found["frames"] == sum(frame.number is None for frame in frames(packed))
+    assert (found["groups"], found["ratio"]) == (1, round(len(content) / len(packed), 3))
+    assert found["ram"] >= 2 << 20
+    assert 0 < found["index"] < 5000
+    assert found["runs"] > 5
+    text = state_compress("--list", "f", cwd=work).text
+    assert "holds    a state of a pc-i440fx-10.0 that was running\n" in text
+    assert f"({len(content):,} bytes)\n" in text
+    assert re.search(r"^index    [\d.]+ \w+, [\d.]+ % of [\d.]+ MiB of RAM; \d+ runs of pages$", text, re.MULTILINE)
+    assert state_compress("--list", input=packed).text == text
+
+
+def test_a_list_of_other_bytes(work: Path) -> None:
+    packed = compress(input=some(9 * BLOCK)).out
+    found = listed(packed, work)
+    assert [found[name] for name in ("machine", "runstate", "index", "ram", "runs")] == [None] * 5
+    assert (found["content"], found["groups"]) == (9 * BLOCK, len([f for f in frames(packed) if f.number == 7]))
+    text = state_compress("--list", "f", cwd=work).text
+    assert text.startswith("holds    bytes that were not judged (--any)\n")
+    assert "index" not in text
+
+
+def test_a_list_of_what_is_no_vmz(work: Path) -> None:
+    (work / "s").write_bytes(state("pc-7.2"))
+    assert shell("zstd -qf s; gzip -c s > s.gz", work).status == 0
+    for name, words, hint in (
+        ("s.zst", "no .vmz: found a zstd file", "hint: zstd -l tells of zstd files"),
+        ("s", "no .vmz: found a plain state of a guest", ""),
+        ("s.gz", "no .vmz: found a gzip file", ""),
+    ):
+        for line in (f"vm-compress --list {name}", f"cat {name} | vm-compress --list"):
+            done = shell(line, work)
+            assert (done.status, done.out) == (1, b""), done.err
+            assert words in done.err
+            assert hint in done.err
+
+
+def test_a_list_of_a_damaged_one(work: Path) -> None:
+    whole = state_compress(input=state("pc-7.2")).out
+    for data in (b"", whole[:-1], whole[: frames(whole)[-2].at], whole + b"x", whole + whole):
+        (work / "f").write_bytes(data)
+        for line in ("vm-compress --list f", "cat f | vm-compress --list"):
+            done = shell(line, work)
+            assert (done.status, done.out) == (3, b""), done.err
+
+
+def many_pages(path: Path, count: int) -> None:
+    """A state of hundreds of megabytes: the first page is sent `count` times."""
+    content = state("pc-7.2")
+    end = b"\0\0\0\0\0\0\0\x10"
+    at = content.index(end + b"\x7e") + 13
+    number = content[at - 4 : at]
+    bodies = [b"\0\0\0\0\0\0\0\x08\6pc.ram" + some(4096) for _ in range(1000)]
+    with path.open("wb") as file:
+        file.write(content[:at] + b"\2" + number)
+        for _ in range(count // 1000):
+            file.write(b"".join(bodies))
+        file.write(end + b"\x7e" + number + content[at:])
+
+
+@pytest.mark.parametrize("options", ["", "-9 -T 64"])
+def test_a_large_state_takes_little_memory(options: str, work: Path) -> None:
+    """In both directions, with its index; and from a file and a pipe."""
+    many_pages(work / "s", 75_000)
+    assert (work / "s").stat().st_size > MEMORY
+    command = " ".join(COMMAND[:-1])
+    for line in (
+        f"{command} {options} s > f",
+        f"cat s | {command} {options} > f",
+        f"{command} -d f | cmp - s",
+        f"cat f | {command} -T 64 -d | cmp - s",
+        f"{command} --test f",
+    ):
+        status, most = peak(line, work)
+        assert (status, most < MEMORY) == (0, True), (line, most)
+    found = json.loads(state_compress("--list", "--json", "f", cwd=work).out)
+    assert found["index"] < 5000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Done, Guests, shell
+from unit.packed import flipped, frames, groups
 from vm import Guest, save
 from vmstate.description import description_at_end
 from vmstate.octets import HOLD
@@ -135,6 +137,37 @@ def test_against_one_with_more_vcpus(source: str, guests: Guests, work: Path, fi
     still_waits(guest)
 
 
+def middle(data: bytes) -> bytes:
+    """The same, with a flipped bit in a frame of RAM."""
+    every = frames(data)
+    frame = every[len(every) // 2]
+    return flipped(data, 4 * (frame.at + frame.end))
+
+
+def test_from_a_file_a_misfit_is_seen_before_ram_is_read(guests: Guests, work: Path, file: File) -> None:
+    guest = guests.waiting(extra=["-smp", "2"])
+    (work / "s.vmz").write_bytes(middle(file.data))
+    done = shell("vm-verify --against b.qmp s.vmz", work)
+    assert done.status == 4, done.err
+    assert "the state has 1 vCPUs, the guest at b.qmp has 2" in done.err
+    assert shell("cat s.vmz | vm-verify --against b.qmp", work).status == 3
+    still_waits(guest)
+
+
+def test_the_index_says_what_the_whole_file_says(work: Path, file: File) -> None:
+    (work / "s.vmz").write_bytes(file.data)
+    lines = ("vm-inspect --json s.vmz", "vm-inspect --json --whole s.vmz", "cat s.vmz | vm-inspect --json")
+    quick, whole, piped = (json.loads(shell(line, work).out) for line in lines)
+    assert piped == whole
+    assert sum(block.pop("duplicate") for block in whole["blocks"]) > 0
+    assert {block.pop("duplicate") for block in quick["blocks"]} == {None}
+    assert quick == whole
+    # Of RAM nothing is read for it.
+    (work / "s.vmz").write_bytes(middle(file.data))
+    assert shell(lines[0], work).status == 0
+    assert [shell(line, work).status for line in lines[1:]] == [3, 3]
+
+
 # Damage
 
 
@@ -192,6 +225,12 @@ def in_the_middle(file: File) -> Iterator[tuple[str, bytes]]:
     yield "seek table", file.flipped(8 * (file.seek + 30))
     yield "half", file.flipped(8 * (file.end // 2))
     yield "a byte behind", file.data + b"\0"
+    parts = groups(file.data)
+    for what, order in (("left out", [0, 1, 3]), ("doubled", [0, 1, 1, 2, 3]), ("swapped", [0, 2, 1, 3])):
+        yield (
+            f"a group {what}",
+            b"".join([file.data[:20], *(parts[n] for n in order), *parts[4:], file.data[file.end :]]),
+        )
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ class PageServer:
         QEMU can be given as they are."""
         try:
             data = self._file.read(place, (count - 1) * STRIDE + PAGE)
-        except (Damaged, OSError) as error:
+        except (Damaged, OSError, IndexError) as error:
             begin, end = number * PAGE, (number + count) * PAGE
             text = f"{begin:#x} to {end:#x} of RAM block {name.decode(errors='replace')!r} cannot be read: {error}"
             raise Damaged(text) from error

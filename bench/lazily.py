@@ -37,7 +37,7 @@ def lazy(lab: Lab) -> Iterator[Row]:
         waited = [values[f"wait_{share}"] for values in told]
         yield Row("lazy", LAZY, name, f"from request to page, {share}", "s", waited, [limit], 1, curve)
     flat: dict[str, list[float]] = {}
-    for gib in (1, 2, 4, 8):
+    for gib in (1, 4) if lab.quick else (1, 2, 4, 8):
         kind = f"half-{gib}"
         rounds = lab.rounds if gib < 4 or lab.quick else 3
         taken = _rounds(lab, kind, rounds, to_the_end=False)

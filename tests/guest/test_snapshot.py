@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -179,16 +178,6 @@ def test_its_connection_does_not_break(guests: Guests, work: Path) -> None:
             said, _ = talking.communicate(timeout=60)
         assert talking.returncode == 0
         assert int(said) > 10
-
-
-@pytest.fixture
-def forbidden() -> Iterator[None]:
-    """userfaultfd is for root alone, as on a fresh system."""
-    allowed = Path("/proc/sys/vm/unprivileged_userfaultfd")
-    before = allowed.read_text()
-    allowed.write_text("0")
-    yield
-    allowed.write_text(before)
 
 
 @pytest.mark.root

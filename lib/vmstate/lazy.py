@@ -258,8 +258,7 @@ class Lazy:
     def _run_on(self, monitor: Monitor) -> str:
         with contextlib.suppress(Refused):
             monitor.ask("object-del", id=marks.HALTED)
-        run_on(monitor)
-        return look(monitor).run
+        return run_on(monitor).run
 
     # the server
 

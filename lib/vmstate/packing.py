@@ -120,7 +120,6 @@ def listing(source: Reader, fd: int) -> dict[str, Any]:
     file = vmz_file(fd)
     if file:
         tally, records, size = file.tally, file.records, file.size
-        frames = sum(-(-content // tally.size) for content in tally.contents)
     else:
         first = read_up_to(source, compression.FIRST)
         if not first:
@@ -132,7 +131,7 @@ def listing(source: Reader, fd: int) -> dict[str, Any]:
             pass
         assert unvmz.records is not None
         tally, records = unvmz.tally, unvmz.records
-        size, frames = tally.offset, sum(-(-content // tally.size) for content in tally.contents)
+        size = tally.offset
     index = sum(len(data) for kind in (vmz.REC_STATE, vmz.REC_BLOCK) for data in records.get(kind, ()))
     facts, indexed = parse(tally, records)
     found, facts = indexed.values(), facts or {}
@@ -142,7 +141,7 @@ def listing(source: Reader, fd: int) -> dict[str, Any]:
         "content": tally.content,
         "packed": size,
         "ratio": round(tally.content / size, 3),
-        "frames": frames,
+        "frames": sum(-(-content // tally.size) for content in tally.contents),
         "groups": len(tally.digests),
         "frame_content": tally.size,
         "index": index if facts else None,

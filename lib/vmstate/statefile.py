@@ -1,6 +1,7 @@
 """A whole state in a file that can seek: any page, any bytes of the stream, and what is in it without its pages."""
 
 import os
+from abc import ABC, abstractmethod
 from array import array
 from typing import Any
 
@@ -17,22 +18,25 @@ from .records import Blocks, Description, Devices
 PIECE = 192 << 10
 
 
-class StateFile:
+class StateFile(ABC):
     """blocks: where the pages of each RAM block lie.  content: bytes of the stream.  facts: of the state; None where
     there is no index.  pieces: where in the stream each piece begins that is read, or unpacked, at once."""
 
     blocks: dict[bytes, index.BlockIndex]
     content: int
+    facts: dict[str, Any] | None
     pieces: "array[int]"
     _zero = memoryview(bytes(64 << 10))
 
-    @property
-    def facts(self) -> dict[str, Any] | None:
-        raise NotImplementedError
-
     def read(self, offset: int, count: int) -> memoryview:
         """`count` bytes of the stream; IndexError where there are not so many, Damaged."""
-        raise NotImplementedError
+        if offset < 0 or offset + count > self.content:
+            raise IndexError(f"bytes {offset} to {offset + count} of {self.content}")
+        return self._read(offset, count)
+
+    @abstractmethod
+    def _read(self, offset: int, count: int) -> memoryview:
+        """The same, of bytes that are there."""
 
     def page(self, name: bytes, number: int) -> memoryview | None:
         """Page `number` of the RAM block `name` as it was last; None where it was never sent.
@@ -65,18 +69,12 @@ class RawFile(StateFile):
         records: dict[int, list[bytes]] = {}
         for kind, data in places.records(state):
             records.setdefault(kind, []).append(data)
-        self._facts = index.parse_facts(records, 0)
+        self.facts = index.parse_facts(records, 0)
         self.blocks = index.parse_blocks(records, 0)
         self.content = state.size
         self.pieces = array("Q", range(0, self.content, PIECE))
 
-    @property
-    def facts(self) -> dict[str, Any] | None:
-        return self._facts
-
-    def read(self, offset: int, count: int) -> memoryview:
-        if offset < 0 or offset + count > self.content:
-            raise IndexError(f"bytes {offset} to {offset + count} of {self.content}")
+    def _read(self, offset: int, count: int) -> memoryview:
         data = os.pread(self._fd, count, self._base + offset)
         if len(data) < count:
             raise Damaged(f"truncated at offset {offset + len(data)}: the file has become shorter")

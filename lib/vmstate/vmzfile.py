@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
 from threading import Lock, local
-from typing import Any
 
 from . import compression, index, vmz, zstd
 from .errors import Damaged
@@ -43,7 +42,7 @@ class VmzFile(StateFile):
         self._tables: dict[int, tuple[list[int], vmz.Table]] = {}
         self._lock = Lock()
         self._own = local()
-        self._facts, self.blocks = index.parse(self.tally, self.records)
+        self.facts, self.blocks = index.parse(self.tally, self.records)
         size = self.tally.size
         starts = zip(self._starts, self.tally.contents, strict=True)
         self.pieces = array("Q", (at for start, count in starts for at in range(start, start + count, size)))
@@ -94,7 +93,7 @@ class VmzFile(StateFile):
     def _read_groups(self) -> None:
         tally = self.tally
         try:
-            content, packed, count, crc = vmz.TOTALS.unpack(self.records[vmz.REC_TOTALS][0])
+            content, packed, count, _ = vmz.TOTALS.unpack(self.records[vmz.REC_TOTALS][0])
             data = vmz.unpack(self.records[vmz.REC_GROUPS][0], vmz.INDEX_LIMIT, self.end)
             if len(data) != 16 * count:
                 raise ValueError("it has not one entry for each group")
@@ -112,13 +111,7 @@ class VmzFile(StateFile):
 
     # what is in it
 
-    @property
-    def facts(self) -> dict[str, Any] | None:
-        return self._facts
-
-    def read(self, offset: int, count: int) -> memoryview:
-        if offset < 0 or offset + count > self.content:
-            raise IndexError(f"bytes {offset} to {offset + count} of {self.content}")
+    def _read(self, offset: int, count: int) -> memoryview:
         group = bisect_right(self._starts, offset) - 1
         number, at = divmod(offset - self._starts[group], self.tally.size)
         frame = self.frame(group, number)

@@ -92,7 +92,8 @@ class Many(Guest):
         return ["-smp", "200", "-S", "-device", f"loader,file={chance},addr={16 * MIB:#x},force-raw=on"]
 
 
-def test_200_vcpus(work: Path, gnupg: Path) -> None:
+def saved_many(work: Path) -> tuple[bytes, int]:
+    """The state of such a guest, which is in the file `s`, and where its end mark stands."""
     with Many(work, "a", accel="tcg", net=[]).start(timeout=120) as guest:
         save(guest, work / "s")
     state = (work / "s").read_bytes()
@@ -100,6 +101,11 @@ def test_200_vcpus(work: Path, gnupg: Path) -> None:
     assert place
     mark, description = place
     assert len(state) - description > MIB
+    return state, mark
+
+
+def test_200_vcpus(work: Path, gnupg: Path) -> None:
+    state, mark = saved_many(work)
     assert shell(f"vm-encrypt -r {KEY} s > m && vm-encrypt -d m | cmp - s", work).status == 0
     message = (work / "m").read_bytes()
     for at in (len(message) - 1, len(message) - 30, len(message) - MIB, len(message) - 10 * MIB, 20 * MIB):

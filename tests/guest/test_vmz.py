@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, shell
 from unit.packed import flipped, frames, groups
-from vm import Guest, save
-from vmstate.description import description_at_end
+from vm import Guest
 from vmstate.octets import HOLD
 
 from guest.judge import as_it_was, still_waits, used_up, went_on
-from guest.test_forged import Many, never_ran
+from guest.test_forged import never_ran, saved_many
 from guest.test_howto import goes_on, saved_in_the_monitor
 
 SEED = 20261126
@@ -270,13 +269,7 @@ def test_qemu_itself_does_not_run_what_is_damaged(guests: Guests, work: Path, fi
 
 
 def test_200_vcpus(work: Path) -> None:
-    with Many(work, "a", accel="tcg", net=[]).start(timeout=120) as guest:
-        save(guest, work / "s")
-    state = (work / "s").read_bytes()
-    place = description_at_end(state)
-    assert place
-    mark, description = place
-    assert len(state) - description > MIB
+    state, mark = saved_many(work)
     assert shell("vm-compress -q s > s.vmz && cat s.vmz | vm-compress -d | cmp - s", work).status == 0
     file = File((work / "s.vmz").read_bytes())
     for at in (file.end, file.end + 8, file.seek, len(file.data) - 1):

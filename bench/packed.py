@@ -75,26 +75,10 @@ def packed(lab: Lab) -> Iterator[Row]:
     what = "geometric mean of all"
     yield Row("packed", OURS, ZSTD, f"pack, {what}", "s", _mean(packing[OURS]), _mean(packing[ZSTD]), 0.95)
     yield Row("packed", OURS, GZIP, f"pack, {what}", "s", _mean(packing[OURS]), _mean(packing[GZIP]), 12)
-    yield Row(
-        "packed",
-        f"{OURS} -d",
-        "zstd -dc",
-        f"unpack, {what}",
-        "s",
-        _mean(unpacking["ours"]),
-        _mean(unpacking["zstd"]),
-        1.05,
-    )
-    yield Row(
-        "packed",
-        f"{OURS} -d",
-        "gzip -dc",
-        f"unpack, {what}",
-        "s",
-        _mean(unpacking["ours"]),
-        _mean(unpacking["gzip"]),
-        5,
-    )
+    ours = _mean(unpacking["ours"])
+    for theirs, wanted in (("zstd", 1.05), ("gzip", 5)):
+        taken = _mean(unpacking[theirs])
+        yield Row("packed", f"{OURS} -d", f"{theirs} -dc", f"unpack, {what}", "s", ours, taken, wanted)
 
 
 def _pack(name: str, state: Path, packed: Path) -> float:

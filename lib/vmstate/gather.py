@@ -101,7 +101,7 @@ def _disks(monitor: Monitor, users: dict[str, dict[str, str]]) -> list[Facts]:
 
 
 def _medium(inserted: dict[str, Any], pid: int) -> Facts:
-    name = _innermost(inserted["image"]["filename"])
+    name = innermost(inserted["image"]["filename"])
     path = _path(name, pid)
     file = _file(path) if path else None
     unseen = path is not None and file is None
@@ -115,7 +115,7 @@ def _medium(inserted: dict[str, Any], pid: int) -> Facts:
     }
 
 
-def _innermost(name: str) -> str:
+def innermost(name: str) -> str:
     """The file, or whatever it is, at the bottom of the layers that a name of QEMU tells."""
     try:
         node = json.loads(name.removeprefix("json:")) if name.startswith("json:") else None

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.qmp_client import NegotiationError
 
+from . import userfault
 from .errors import CannotDo, GuestGone, Refused
 
 T = TypeVar("T")
@@ -29,11 +30,20 @@ for _name in ("qemu.qmp", "asyncio"):
     logging.getLogger(_name).propagate = False
 
 
+class StandsStill(CannotDo):
+    """QEMU, process `pid`, answers nothing: it waits for a page of its guest, which nobody brings."""
+
+    def __init__(self, path: str, pid: int) -> None:
+        text = f"the QEMU of the guest at {path} stands still: it waits for a page, and nobody brings it"
+        super().__init__(text, f"where a lazy restore has lost its vm-restore: vm-restore --resume {path} < STATE.vmz")
+        self.pid = pid
+
+
 class Monitor:
     """One conversation, as a context manager.
 
-    Raises CannotDo where nobody listens or another client holds the monitor for `patience` seconds, GuestGone where the
-    guest ends in the middle, Refused where QEMU refuses a command.
+    Raises CannotDo where nobody listens or another client holds the monitor for `patience` seconds, StandsStill where
+    it is QEMU that does not answer, GuestGone where the guest ends in the middle, Refused where QEMU refuses a command.
     """
 
     def __init__(self, path: str, patience: float = PATIENCE) -> None:
@@ -113,10 +123,12 @@ class Monitor:
     def _try_to_connect(self, give_up: float) -> bool:
         """True once connected; False where it is worth another try."""
         _reach(self._socket, self._path, give_up)
+        # A try that is given up closes it.
+        pid = self.pid()
         try:
             self._wait(self._client.connect(self._socket), max(0.01, give_up - time.monotonic()))
         except TimeoutError as error:
-            raise _busy(self._path) from error
+            raise (StandsStill(self._path, pid) if userfault.waits(pid) else _busy(self._path)) from error
         except (QMPError, OSError, EOFError) as error:
             if _an_event_came_first(error) and time.monotonic() < give_up:
                 return False

@@ -103,9 +103,9 @@ class PageServer:
         self.damage: Damaged | None = None
         self.tally = Tally()
 
-    def take_up(self, bitmaps: dict[bytes, bytes], path: ReturnPath, said: list[Said]) -> None:
-        """QEMU has the pages of `bitmaps`; on this channel it has `said` something, and `path` may hold more."""
-        self._have = have_of(self._opening, bitmaps)
+    def take_up(self, have: dict[bytes, bytearray], path: ReturnPath, said: list[Said]) -> None:
+        """QEMU has the pages of `have` (a byte for each); it has `said` something, and `path` may hold more."""
+        self._have = have
         self._path = path
         self._said = said
 
@@ -338,14 +338,3 @@ def _runs(file: StateFile) -> list[tuple[int, bytes, int, int]]:
     for name, block in file.blocks.items():
         found += [(place, name, start, count) for start, count, kind, place in block.runs() if kind & NORMAL]
     return sorted(found)
-
-
-def have_of(opening: Opening, bitmaps: dict[bytes, bytes]) -> dict[bytes, bytearray]:
-    """A byte for each page, of QEMU's bitmaps: 1 where it has the page."""
-    spread = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
-    found = {}
-    for name, size in opening.blocks.items():
-        pages = -(-size // PAGE)
-        have = bytearray(b"".join(map(spread.__getitem__, bitmaps[name])))[:pages]
-        found[name] = have + bytes(pages - len(have))
-    return found

@@ -191,3 +191,14 @@ class ReturnPath:
         found = Said(layout.MIG_RP_MSG_RECV_BITMAP, bytes(data[5:behind]), bitmap=bytes(data[behind + 8 : end]))
         del data[: end + 8]
         return found
+
+
+def have_of(opening: Opening, bitmaps: dict[bytes, bytes]) -> dict[bytes, bytearray]:
+    """A byte for each page, of QEMU's bitmaps: 1 where it has the page."""
+    spread = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
+    found = {}
+    for name, size in opening.blocks.items():
+        pages = -(-size // PAGE)
+        have = bytearray(b"".join(map(spread.__getitem__, bitmaps[name])))[:pages]
+        found[name] = have + bytes(pages - len(have))
+    return found

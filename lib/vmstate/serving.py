@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import layout
-from .command import release_signals
+from .command import hold_signals, release_signals
 from .errors import CannotDo, Stopped
 from .monitor import Monitor
 from .pageserver import Lost, PageServer
@@ -53,6 +53,8 @@ class Serving:
             if self.server.damage and not self._told:
                 self._told = True
                 damaged()
+        # What has become of it is settled; a signal that comes now finds nothing left to be sent.
+        hold_signals()
         return self.error or self.server.damage
 
     def _run(self, first: bytes) -> None:

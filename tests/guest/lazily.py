@@ -3,10 +3,12 @@
     lazily.py MONITOR COUNT ARGUMENT...
 
 They are counted from the moment at which the guest runs, as its second monitor has it; with `-` for MONITOR from the
-end of the devices on, backwards where COUNT is negative.
+end of the devices on, backwards where COUNT is negative.  With `fill` it is pages that are counted, put in from
+outside; with `eio` 4 MiB of the file cannot be read from there on.
 """
 
 import contextlib
+import errno
 import os
 import runpy
 import shutil
@@ -19,13 +21,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vm import Qmp
-from vmstate import pageserver
+from vmstate import pageserver, userfault
 
 monitor, left = sys.argv[1], int(sys.argv[2])
 counts = threading.Event()
 command = shutil.which("vm-restore")
 assert command
-real_write, real_run = os.writev, pageserver.PageServer.run
+real_write, real_run, real_ask = os.writev, pageserver.PageServer.run, userfault.Userfault._ask
+real_pread = os.pread
 
 
 def look() -> None:
@@ -57,6 +60,24 @@ def write(fd: int, views: list[memoryview]) -> int:
     return count
 
 
+def ask(faults: userfault.Userfault, what: int, arguments: bytes) -> None:
+    global left
+    real_ask(faults, what, arguments)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pread(fd: int, count: int, at: int) -> bytes:
+    if left <= at < left + (4 << 20):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return real_pread(fd, count, at)
+
+
+if monitor == "eio":
+    os.pread = pread  # type: ignore[assignment]
+if monitor == "fill":
+    userfault.Userfault._ask = ask  # type: ignore[method-assign]
 pageserver.PageServer.run = run  # type: ignore[method-assign]
 os.writev = write  # type: ignore[assignment]
 sys.argv = [command, *sys.argv[3:]]

@@ -18,6 +18,7 @@ import pytest
 from conftest import Done, Guests, run, shell
 from unit.streams import state as stream
 from vm import Guest, saved_guest, start_from, until
+from vmstate import userfault
 from vmstate.errors import Damaged
 from vmstate.pages import NORMAL
 from vmstate.vmzfile import VmzFile
@@ -132,20 +133,14 @@ def lost(guest: Guest) -> None:
     """It has seen that its server is gone."""
 
     def seen() -> bool:
-        with guest.connect(5) as qmp:
-            return bool(qmp.cmd("query-migrate").get("status") == "postcopy-paused")
+        try:
+            with guest.connect(5) as qmp:
+                return bool(qmp.cmd("query-migrate").get("status") == "postcopy-paused")
+        except TimeoutError:
+            # QEMU itself waits for a page.
+            return userfault.waits(guest.pid)
 
-    try:
-        until(seen, 20, "it has seen that its server is gone")
-    except TimeoutError:
-        if waits_for_a_page(guest):
-            pytest.xfail("QEMU itself waits for a page, and nothing reaches it")
-        raise
-
-
-def waits_for_a_page(guest: Guest) -> bool:
-    """Whether QEMU's own threads do, so that its monitor is silent."""
-    return any("userfault" in stack.read_text() for stack in Path(f"/proc/{guest.pid}/task").glob("*/stack"))
+    until(seen, 20, "it has seen that its server is gone")
 
 
 def dies(work: Path, count: int, *words: str, state: str = "s.vmz", since: str = "b.test") -> None:
@@ -176,9 +171,10 @@ def whole(guest: Guest, saved: Saved) -> None:
 
 def taken_up(work: Path, guest: Guest, saved: Saved, state: str = "s.vmz") -> None:
     """By the command that vm-status prints."""
-    said = shell("vm-status b.qmp", work).text
-    assert re.search(r"^b.qmp: .*, and lacks a part of its memory: ", said), said
-    found = re.search(r"^next: (vm-restore --resume .*) < STATE.vmz$", said, re.MULTILINE)
+    status = shell("vm-status b.qmp", work)
+    said = status.text + status.err
+    assert re.search(r"b.qmp: .*, and lacks a part of its memory: |b.qmp stands still: it waits for a page", said), said
+    found = re.search(r"(vm-restore --resume .*) < STATE.vmz$", said, re.MULTILINE)
     assert found, said
     command = found[1].replace("--on-demand ", "")
     done = shell(f"{command} < {state}", work)
@@ -518,6 +514,50 @@ def test_taken_up_on_demand(guests: Guests, work: Path, saved: Saved, serve: Ser
     assert second.process.wait(30) == 0, second.err
 
 
+@pytest.fixture
+def silent(guests: Guests, work: Path, saved: Saved, serve: Serve) -> Guest:
+    """A guest whose server died, and whose QEMU itself waits for a page: of the firmware, which nobody looks at."""
+    guest = guests.waiting()
+    server = serve("--lazy", "--on-demand")
+    server.lines()
+    guest.wait_advance()
+    server.kill()
+    lost(guest)
+    with contextlib.suppress(TimeoutError), guest.connect(1) as qmp:
+        qmp.cmd("human-monitor-command", **{"command-line": "xp /1wx 0x100000"})
+        pytest.fail("this page was there")
+    return guest
+
+
+def test_a_qemu_that_waits_itself(silent: Guest, work: Path, saved: Saved) -> None:
+    """Nothing reaches it by its monitor; it is given what it lacks from outside."""
+    for command in ("vm-status", "vm-cont", "vm-dump -q -o x"):
+        refused(shell(f"{command} b.qmp", work), 1, "the QEMU of the guest at b.qmp stands still: it waits for a page")
+    refused(shell("vm-restore --resume b.qmp < other", work), 4, "not the state that QEMU .process .* runs on, or its")
+    taken_up(work, silent, saved)
+
+
+def test_a_rescue_that_dies_in_the_middle(silent: Guest, work: Path, saved: Saved) -> None:
+    """QEMU answers then, and does not know what it was given."""
+    with (work / "s.vmz").open("rb") as source:
+        done = run(sys.executable, LAZILY, "fill", 20_000, "--resume", "b.qmp", cwd=work, stdin=source)
+    assert done.status == -signal.SIGKILL, done.err
+    taken_up(work, silent, saved)
+
+
+def test_a_rescue_with_a_damaged_file(silent: Guest, work: Path, saved: Saved) -> None:
+    damaged(work, random)
+    refused(shell("vm-restore --resume b.qmp < t.vmz", work), 3, "page .* of RAM block 'pc.ram' cannot be read")
+    taken_up(work, silent, saved)
+
+
+def test_a_rescue_by_somebody_else(silent: Guest, work: Path, saved: Saved) -> None:
+    """Who may not look into QEMU does not see why it is silent."""
+    script = "chmod 755 . && chmod 777 b.qmp && setpriv --reuid 65534 --clear-groups vm-restore --resume b.qmp < s.vmz"
+    refused(shell(script, work), 1, "the monitor b.qmp does not answer")
+    taken_up(work, silent, saved)
+
+
 def test_the_server_that_qemu_runs_itself_dies(guests: Guests, work: Path, saved: Saved) -> None:
     """Its guest bears no mark of the state: whoever takes it up must know."""
     command = f"exec:cd {work} && echo $$ > pid && exec vm-restore --lazy --stdio --on-demand s.vmz"
@@ -635,6 +675,19 @@ def test_a_file_that_shrinks(guests: Guests, work: Path, saved: Saved, serve: Se
     taken_up(work, guest, saved)
 
 
+def test_a_disk_that_cannot_be_read(guests: Guests, work: Path, saved: Saved) -> None:
+    """A place of the file gives an error: not every kernel can have a disk do that, so the system call does it."""
+    guest = guests.waiting()
+    with (work / "s.state").open("rb") as source:
+        done = run(sys.executable, LAZILY, "eio", 60_000_000, "--lazy", "b.qmp", cwd=work, stdin=source)
+    refused(
+        Done(done.status, b"", done.err), 3, "of RAM block 'pc.ram' cannot be read: .*Input/output error; the guest"
+    )
+    assert "with a good copy of this state: vm-restore --resume b.qmp" in done.err
+    lost(guest)
+    taken_up(work, guest, saved)
+
+
 # What is refused while the guest waits
 
 
@@ -704,6 +757,52 @@ def test_memory_that_others_share(guests: Guests, work: Path, saved: Saved, kind
     assert (done.status, done.text) == (0, LINES), done.err
     assert "warning: restored as a whole before it runs, since the guest at b.qmp has RAM that others share" in done.err
     went_on(saved.count, guest)
+
+
+@pytest.fixture
+def huge(work: Path) -> Iterator[Path]:
+    """A file system of huge pages, with room for a guest."""
+    wanted = Path("/proc/sys/vm/nr_hugepages")
+    before = wanted.read_text()
+    folder = work / "huge"
+    folder.mkdir()
+    wanted.write_text(str(int(before) + 140))
+    try:
+        assert run("mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", folder).status == 0
+        yield folder
+    finally:
+        run("umount", "-l", folder)
+        wanted.write_text(before)
+
+
+@pytest.mark.root
+def test_memory_of_huge_pages(huge: Path, guests: Guests, work: Path, saved: Saved) -> None:
+    """A page of 2 MiB cannot come in parts."""
+    memory = [
+        "-object",
+        f"memory-backend-file,id=pc.ram,mem-path={huge},size=256M",
+        "-machine",
+        "memory-backend=pc.ram",
+    ]
+    guest = guests.waiting(extra=memory)
+    done = lazily(work)
+    refused(done, 1, r"has pages that are not of 4 KiB: pc.ram")
+    assert "--lazy-or-eager" in done.err
+    still_waits(guest)
+    done = shell("vm-restore --lazy-or-eager b.qmp < s.vmz", work)
+    assert (done.status, done.text) == (0, LINES), done.err
+    went_on(saved.count, guest)
+    guest.end()
+
+
+def test_a_qemu_in_a_sandbox(guests: Guests, work: Path, saved: Saved) -> None:
+    """Its filter of system calls has userfaultfd in it."""
+    guest = guests.waiting(
+        extra=["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    )
+    done = lazily(work)
+    assert (done.status, done.text, done.err) == (0, LINES, "")
+    whole(guest, saved)
 
 
 @pytest.mark.parametrize("source", ["cat s.state |", "zstd -q -1 -c < s.state > z; < z", "< s.vmz"])

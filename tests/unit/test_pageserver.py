@@ -17,8 +17,8 @@ import pytest
 from vm import until
 from vmstate import layout
 from vmstate.errors import CannotDo, Damaged
-from vmstate.pageserver import Lost, PageServer, Place, have_of
-from vmstate.postcopy import PAGE, Opening, ReturnPath, opening_of
+from vmstate.pageserver import Lost, PageServer, Place
+from vmstate.postcopy import PAGE, Opening, ReturnPath, have_of, opening_of
 from vmstate.reader import StateReader
 from vmstate.records import Pages
 from vmstate.statefile import RawFile, StateFile
@@ -348,7 +348,7 @@ def test_pages_that_it_has_already(opened: Open, serve: Serve) -> None:
     request = asked_for(*late)
     assert list(path.feed(request[:7])) == []
     serving.theirs.sendall(request[7:])
-    serving.server.take_up(bitmaps, path, list(ReturnPath().feed(asked_for(*early))))
+    serving.server.take_up(have_of(opening, bitmaps), path, list(ReturnPath().feed(asked_for(*early))))
     serving.start()
     serving.reader.start()
     serving.reader.over()

@@ -180,7 +180,7 @@ def test_what_kvm_offers_counts_between_two_on_kvm():
     ],
 )
 def test_what_is_at_the_bottom_of_a_name(name, innermost):
-    assert gather._innermost(name) == innermost
+    assert gather.innermost(name) == innermost
 
 
 QTREE = """bus: main-system-bus

@@ -15,6 +15,7 @@ from lazily import clones, lazy
 from measure import SINK, Row, busy, interleave, peak, pipeline, same
 from moves import MOVES
 from packed import packed
+from pauses import pause
 from vm import Guest
 
 RECIPIENT = "bench@example.org"
@@ -94,61 +95,6 @@ def _same_states(lab: Lab, guest: Guest) -> Iterator[Row]:
         raise RuntimeError(f"{end.devices} devices and {their_end.devices}")
     lab.forget("one", "other")
     yield Row("dump", "vm-dump", "exec:cat", "size of the state", "B", [size], [their_size])
-
-
-def pause(lab: Lab) -> Iterator[Row]:
-    """How long a guest stands that goes on after its dump: from STOP to RESUME."""
-    guest = lab.guest("linux")
-
-    def measured(work: Callable[[], object]) -> float:
-        lab.stand(guest)
-        guest.cmd("cont")
-        guest.wait_advance()
-        with Events(guest.path("test")) as events:
-            guest.cmd = events.cmd  # type: ignore[method-assign]
-            try:
-                work()
-                stopped = events.wait_for("STOP")
-                return events.wait_for("RESUME") - stopped
-            finally:
-                del guest.cmd
-
-    def ours(*options: str) -> float:
-        return measured(lambda: pipeline(["vm-dump", "-q", "--after", "running", *options, guest.qmp], SINK))
-
-    def theirs(stop: bool) -> float:
-        def work() -> None:
-            if stop:
-                guest.cmd("stop")
-            _migrate_here(guest)
-            guest.cmd("cont")
-
-        return measured(work)
-
-    def snapshot() -> float:
-        return measured(lambda: pipeline(["vm-dump", "-q", "--snapshot", guest.qmp], SINK))
-
-    runners = {"live": ours, "stop": lambda: ours("--stop"), "their live": lambda: theirs(False), "snapshot": snapshot}
-    taken = interleave(lab.rounds, {**runners, "their stop": lambda: theirs(True)})
-    lab.stand(guest)
-    yield Row("pause", "vm-dump", "vm-dump --stop", "how long the guest stands", "s", taken["live"], taken["stop"])
-    yield Row("pause", "vm-dump", "stop, migrate, cont", "the same", "s", taken["live"], taken["their stop"])
-    yield Row("pause", "vm-dump", "migrate, cont", "the same", "s", taken["live"], taken["their live"])
-    yield Row("pause", "vm-dump --stop", "stop, migrate, cont", "the same", "s", taken["stop"], taken["their stop"])
-    mine, its = "vm-dump --snapshot", taken["snapshot"]
-    yield Row("pause", mine, "stop, migrate, cont", "the same", "s", its, taken["their stop"], 20)
-    yield Row("pause", mine, "migrate, cont", "the same", "s", its, taken["their live"], 3)
-
-
-def _migrate_here(guest: Guest) -> None:
-    """QEMU's `migrate` on a connection that is held; asked every millisecond whether it is over."""
-    guest.cmd("migrate-set-parameters", **{"max-bandwidth": 0})
-    guest.cmd("migrate", uri=f"exec:{CAT}")
-    give_up = time.monotonic() + 60
-    while guest.cmd("query-migrate")["status"] != "completed":
-        if time.monotonic() > give_up:
-            raise TimeoutError("QEMU's migrate has not completed within 60 s")
-        time.sleep(0.001)
 
 
 def compress(lab: Lab) -> Iterator[Row]:

@@ -1,9 +1,9 @@
 """What is measured on: two guests, their states as files, and QEMU's own ways as the peer.
 
 The Linux guest has about 350 MB of RAM that is not zero: random data, and programs, libraries and texts of this system,
-in which there is something to compress.  `cache` is full of such files, `database` of the pages of an SQLite database
-whose rows are random; `half-N` has N GiB, half of them full of files.  `metal` has no system; nearly all of its RAM is
-random data.
+in which there is something to compress; `idle` and `dirtying` are the same, and count fast.  `cache` is full of such
+files, `database` of the pages of an SQLite database whose rows are random; `half-N` has N GiB, half of them full of
+files.  `metal` has no system; nearly all of its RAM is random data.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class Lab:
             block = 16 if self.quick else 96
             initrd = ["-initrd", str(self._initrd(block))]
             return {"kind": "linux", "mem": 256 if self.quick else 2048, "append": f"block={block}", "extra": initrd}
+        if kind in ("idle", "dirtying"):
+            return self._ticking(self.options("linux"), " dirty=32" if kind == "dirtying" else "")
         if kind.startswith("half-"):
             gib = int(kind.partition("-")[2])
             size, mem = (32, 128 * gib) if self.quick else (256, 1024 * gib)
@@ -81,6 +83,14 @@ class Lab:
             return self._reading(self._disk("files", size), mem, words)
         size, mem = (48, 256) if self.quick else (1400, 2048)
         return self._reading(self._disk({"cache": "files", "database": "rows"}[kind], size), mem, "block=16")
+
+    def _ticking(self, options: dict[str, Any], words: str) -> dict[str, Any]:
+        """A guest that counts fast, with an image into which QEMU's `savevm` can save it."""
+        image = self.folder / "savevm.qcow2"
+        image.unlink(missing_ok=True)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1g"], check=True)
+        drive = ["-drive", f"file={image},format=qcow2,if=none"]
+        return {**options, "append": f"{options['append']} tick=0.002{words}", "extra": options["extra"] + drive}
 
     @staticmethod
     def _reading(disk: Path, mem: int, words: str) -> dict[str, Any]:

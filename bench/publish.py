@@ -65,7 +65,9 @@ def write(rows: list[Row], about: dict[str, Any], folder: Path, times: Path) -> 
     limits = [r for r in rows if record(r)["kind"] == "limit"]
     save(folder / "limits.svg", bars("How often it fits into its limit", limits))
     if found := [r for r in rows if r.case == "gap"]:
-        save(folder / "gaps.svg", gaps(found))
+        save(folder / "gaps.svg", gaps(found, "How long a moved guest does not answer, 1 being QEMU's own migration"))
+    if found := [r for r in rows if r.case == "pause" and r.theirs_name == "stop, migrate, cont"]:
+        save(folder / "pauses.svg", gaps(found, "How long a guest stands to be saved, 1 being stop, migrate, cont"))
     if found := [r for r in rows if r.case == "lazy" and r.what.startswith("until the guest runs, ")]:
         save(folder / "lazy.svg", sizes(found))
     if curves := [r.curve for r in rows if r.curve]:
@@ -167,11 +169,10 @@ def bar(row: Row, top: int, at: Any) -> list[str]:
     return parts
 
 
-def gaps(rows: list[Row]) -> str:
+def gaps(rows: list[Row], title: str) -> str:
     """A dot a round, in medians of QEMU's own way with the same guest; the tick is the most that is wanted."""
     import statistics
 
-    title = "How long a moved guest does not answer, 1 being the median of QEMU's own migration"
     lines: list[tuple[str, str, list[float], float | None, str]] = []
     ticks = {(row.ours_name, row.what): statistics.median(row.theirs) for row in rows if row.target}
     for row in [row for row in rows if row.theirs_name != GAP_LIMIT]:

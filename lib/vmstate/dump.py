@@ -6,23 +6,29 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 import errno
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import guest
 from .check import State
 from .command import hold_signals, no_more_signals, release_signals
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
 from .guard import Guard
-from .octets import Output, channel
+from .octets import Output, channel, file_of
 from .progress import Progress, Sample
 from .relay import Outgoing
 from .report import Report, size_words
 from .stage import Stage
 
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, Wish
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file."""
+    """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file.
+
+    disks: they are to belong to it, as of the same instant, in which the guest stands.
+    """
 
     path: str
     stop: bool = False
@@ -31,6 +37,7 @@ class Plan:
     downtime: int | None = None
     to: str | None = None
     out: str | None = None
+    disks: "Wish | None" = None
 
 
 class Dump:
@@ -49,6 +56,7 @@ class Dump:
         self._started = time.monotonic()
         try:
             self._ours, self._theirs = channel()
+            self._disks = self._find_disks()
             self._guard = self._make_guard()
             self._outgoing = Outgoing(self._ours, self._sink.fd, closing=guest.ON != self.CAPABILITIES)
         except BaseException:
@@ -60,6 +68,7 @@ class Dump:
         try:
             state = self._send()
             self._prove()
+            self._write_down(state)
             # From here on there is nothing to put back: a signal comes too late.
             no_more_signals()
             self._outgoing.answer(0)
@@ -80,14 +89,25 @@ class Dump:
             ) from error
         return self._outcome(state, info, guest.finish(path, self._plan.after))
 
+    def _find_disks(self) -> "Checkpoint | None":
+        if not self._plan.disks:
+            return None
+        from .checkpoint import Checkpoint
+
+        return Checkpoint(self._plan.path, self._plan.disks)
+
     def _make_guard(self) -> Guard | None:
+        undo = self._disks.undo if self._disks else None
         if isinstance(self._sink, Stage):
-            return Guard(self._plan.path, self._sink.group, self._sink.fd)
-        return Guard(self._plan.path) if self._plan.stop else None
+            return Guard(self._plan.path, self._sink.group, self._sink.fd, undo=undo)
+        return Guard(self._plan.path, undo=undo) if self._plan.stop or undo else None
 
     def _send(self) -> State:
         watch = self._guard.watch if self._guard else lambda: None
-        self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch)
+        take = self._disks.take if self._disks else None
+        if self._disks:
+            self._disks.prepare()
+        self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch, take=take)
         self._theirs.close()
         release_signals()
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
@@ -101,6 +121,12 @@ class Dump:
                 self._guard.let_go()
             self._sink.finish()
 
+    def _write_down(self, state: State) -> None:
+        """What belongs together, once all of it is there."""
+        if self._disks:
+            ran = self._sending.found.ran
+            self._disks.settle(state, ran, self._plan.out or (file_of(1) if not self._plan.to else None))
+
     def _put_back(self, error: BaseException) -> BaseException:
         """Undo all; the error to raise, with what has become of the guest."""
         no_more_signals()
@@ -110,6 +136,8 @@ class Dump:
         standing, trouble = None, None
         try:
             standing = self._sending.take_back() if self._sending.begun else None
+            if self._disks:
+                self._disks.undo()
         except VmstateError as found:
             trouble = found
         if self._guard:

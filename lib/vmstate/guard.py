@@ -27,6 +27,7 @@ class Guard:
 
     path: the guest.  group: the process group of the sink, or None.  held: the sink's input, to be kept open.
     snapshot: a descriptor, to be kept open, and what takes what QEMU still sends there before anything is put back.
+    undo: what else is to be undone, in the end.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class Guard:
         held: int | None = None,
         *,
         snapshot: Drain | None = None,
+        undo: Callable[[], None] | None = None,
     ) -> None:
         theirs, self._ours = os.pipe()
         sys.stderr.flush()
         self._child = os.fork()
         if self._child == 0:
-            _be_the_guard(theirs, path, group, held, snapshot)
+            _be_the_guard(theirs, path, group, held, snapshot, undo)
         os.close(theirs)
 
     def watch(self) -> None:
@@ -65,14 +67,21 @@ class Guard:
             os.waitpid(self._child, 0)
 
 
-def _be_the_guard(control: int, path: str, group: int | None, held: int | None, snapshot: Drain | None) -> NoReturn:
+def _be_the_guard(
+    control: int,
+    path: str,
+    group: int | None,
+    held: int | None,
+    snapshot: Drain | None,
+    undo: Callable[[], None] | None,
+) -> NoReturn:
     try:
         os.setsid()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         kept = {control, held if held is not None else control, snapshot[0] if snapshot else control}
         _close_all_but(kept)
-        _guard(control, path, group, held, snapshot)
+        _guard(control, path, group, held, snapshot, undo)
     finally:
         os._exit(0)
 
@@ -85,7 +94,14 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(at, 4096)
 
 
-def _guard(control: int, path: str, group: int | None, held: int | None, snapshot: Drain | None) -> None:
+def _guard(
+    control: int,
+    path: str,
+    group: int | None,
+    held: int | None,
+    snapshot: Drain | None,
+    undo: Callable[[], None] | None,
+) -> None:
     stopped = False
     while word := os.read(control, 1):
         if word == DONE:
@@ -101,8 +117,11 @@ def _guard(control: int, path: str, group: int | None, held: int | None, snapsho
         os.close(held)
     if stopped and snapshot:
         _tidy(path, snapshot[1])
-    elif stopped:
+    if stopped and (undo or not snapshot):
         _run_on(path)
+    if undo:
+        with contextlib.suppress(Exception):
+            undo()
 
 
 def _tidy(path: str, drain: Callable[[], None]) -> None:
@@ -122,3 +141,4 @@ def _run_on(path: str) -> None:
         standing = guest.wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
         if not standing.given_away:
             guest.patiently(path, guest.cont_in)
+            guest.patiently(path, guest.tidy)

@@ -5,14 +5,13 @@ relied on, and `Found.put_back` gives the guest what it had.
 """
 
 import contextlib
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from . import marks
+from . import marks, userfault
 from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
 from .monitor import PATIENCE, Monitor
 
@@ -23,8 +22,6 @@ NAME = "vmstate"
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 ON = ("return-path",)
 SNAPSHOT = ("background-snapshot",)
-# As /proc/PID/fd has it; QEMU may keep /dev/userfaultfd open for ever.
-USERFAULTFD = "anon_inode:[userfaultfd]"
 LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram", "background-snapshot")
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
@@ -172,19 +169,12 @@ def _wait_for_the_snapshot(monitor: Monitor) -> None:
     """
     if not any(c["state"] and c["capability"] in SNAPSHOT for c in monitor.ask("query-migrate-capabilities")):
         return
-    folder = f"/proc/{monitor.pid()}/fd"
     give_up = time.monotonic() + 20
     try:
-        while time.monotonic() < give_up and any(link == USERFAULTFD for link in _links(folder)):
+        while time.monotonic() < give_up and userfault.descriptors(monitor.pid()):
             time.sleep(0.01)
     except OSError:
         time.sleep(1)
-
-
-def _links(folder: str) -> Iterator[str]:
-    for name in os.listdir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            yield os.readlink(os.path.join(folder, name))
 
 
 def tidy(monitor: Monitor) -> None:
@@ -369,11 +359,16 @@ class Sending:
         self.found = Found()
         self._stopped = False
         self.begun = False
+        # QEMU has begun to send.
+        self.sent = False
 
-    def start(self, fd: int, *, stopped: bool, watch: Callable[[], None]) -> None:
+    def start(
+        self, fd: int, *, stopped: bool, watch: Callable[[], None], take: Callable[[Monitor], None] | None = None
+    ) -> None:
         """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called.
 
-        Once `begun` is true there is something for `take_back` to undo, also where this raises.
+        take: what belongs to the instant in which it stands.  Once `begun` is true there is something for `take_back`
+        to undo, also where this raises.
         """
 
         def send(monitor: Monitor) -> None:
@@ -381,21 +376,31 @@ class Sending:
                 watch()
                 self._stopped = True
                 monitor.ask("stop")
+            if take:
+                take(monitor)
             monitor.give(NAME, fd)
             monitor.ask("migrate", uri=f"fd:{NAME}")
 
         self._begin(send)
 
-    def snapshot(self, fd: int) -> float | None:
+    def snapshot(self, fd: int, take: Callable[[Monitor], None] | None = None) -> float | None:
         """Send the state of an instant to the socket `fd`, while the guest goes on; how long it stood, in ms.
 
-        None where it stood before.  CannotDo where this guest, or this host, cannot do that.
+        None where it stood before.  take: what belongs to that instant, the guest being stopped for it.  CannotDo where
+        this guest, or this host, cannot do that.
         """
         paused: list[float] = []
 
         def send(monitor: Monitor) -> None:
             monitor.give(NAME, fd)
+            if take:
+                self._stopped = self.found.ran
+                monitor.ask("stop")
+                take(monitor)
             monitor.ask("migrate", uri=f"fd:{NAME}")
+            self.sent = True
+            if take and self.found.ran:
+                _run_on_once_kept(monitor)
             if self.found.ran:
                 paused.append(_pause(monitor))
 
@@ -466,6 +471,21 @@ class Sending:
             self.found.put_back(monitor)
         ours = standing.run == "postmigrate" or (standing.run == "paused" and self._stopped)
         return run_on(monitor) if self.found.ran and ours else look(monitor)
+
+
+def _run_on_once_kept(monitor: Monitor) -> None:
+    """Let a guest run that was stopped for its snapshot, as soon as QEMU keeps its pages as they are: it has sent some.
+
+    'active' alone is too early.  Some versions let it run themselves.
+    """
+    while True:
+        standing = look(monitor)
+        ram = standing.info.get("ram", {})
+        if not standing.moving or ram.get("normal", 0) + ram.get("duplicate", 0) > 0:
+            break
+        time.sleep(0.0005)
+    if standing.migration in BUSY | {"completed"}:
+        monitor.ask("cont")
 
 
 def _pause(monitor: Monitor) -> float:

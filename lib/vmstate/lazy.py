@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from . import compression, marks
+from . import compression, marks, rescue
 from .command import hold_signals, no_more_signals, release_signals
 from .compare import Against
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
 from .guest import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, tidy, wait_for
-from .monitor import Monitor
+from .identity import Once
+from .identity import identity as which
+from .monitor import Monitor, StandsStill
 from .octets import channel
 from .pageserver import Lost, PageServer, Place, Tally
-from .postcopy import NoIndex, NotLazy, Opening, opening_of
+from .postcopy import NoIndex, NotLazy, Opening, have_of, opening_of
 from .process import Process, check_arguments
 from .report import Report
 from .restore import Outcome, nics_of
@@ -27,6 +29,7 @@ from .serving import Recovered, Serving, recover
 from .statefile import RawFile, StateFile, state_of
 from .vmzfile import vmz_file
 from .waiting import Waiting, refusal, require_waiting
+from .wayback import WayBack
 
 # What may lie between us and QEMU: a request waits behind it.
 ROOM = 128 << 10
@@ -39,7 +42,7 @@ class Plan:
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
     first: pages to be sent before the rest.  resume: the guest runs already, and has lost its server; sure: though it
-    is not marked with the state that it runs on.
+    is not marked with the state that it runs on.  disks, once: as in `restore.Plan`.
     """
 
     path: str | None = None
@@ -49,6 +52,8 @@ class Plan:
     first: list[Place] = field(default_factory=list)
     resume: bool = False
     sure: bool = False
+    disks: WayBack | None = None
+    once: Once | None = None
 
 
 def open_state(fd: int) -> StateFile:
@@ -94,6 +99,10 @@ class Lazy:
         self._file = open_state(fd)
         self._opening = opening_of(self._file)
         self._state = state_of(self._file)
+        if plan.disks:
+            plan.disks.judge(self._state)
+        if plan.once:
+            plan.once.require_new(which(self._state))
         self._process: Process | None = None
         self._found = Found()
         self._ours: socket.socket | None = None
@@ -114,7 +123,8 @@ class Lazy:
             if self._plan.command:
                 check_arguments(self._plan.command[1:])
                 hold_signals()
-                self._process = Process(self._plan.command)
+                command = self._plan.command
+                self._process = Process(self._plan.disks.prepare(command) if self._plan.disks else command)
                 release_signals()
                 self._process.wait_until_it_answers()
                 self.path = self._process.path
@@ -163,6 +173,8 @@ class Lazy:
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
             hold_signals()
+            if self._plan.once:
+                self._plan.once.note(which(self._state))
             self._set_up(monitor, run)
             monitor.give(NAME, theirs.fileno())
             Waiting.incoming(monitor)
@@ -233,13 +245,32 @@ class Lazy:
     # a guest that has lost its server
 
     def _take_up(self) -> str:
+        try:
+            return self._go_on()
+        except StandsStill as error:
+            rescue.fill(error.pid, self._file, self._opening, None if self._plan.sure else identity(self._opening))
+        lost = wait_for(self.path, lambda standing: standing.migration != "postcopy-active", 20, "to see its loss")
+        self._report.note(f"its QEMU was given what it lacked, from outside; the guest is '{lost.run}'")
+        return self._go_on()
+
+    def _go_on(self) -> str:
         with Monitor(self.path) as monitor:
             standing = self._require_lost(monitor)
             found = recover(monitor, self._opening)
             hold_signals()
-        self._ours = found.end
-        self._make_serving(found.end.fileno(), found).start(self._opening.part())
+            self._ours = found.end
+            serving = self._make_serving(found.end.fileno())
+            serving.server.take_up(self._have(found, monitor.pid()), found.path, found.said)
+        serving.start(self._opening.part())
         return patiently(self.path, self._run_on) if self._was_halted else standing.run
+
+    def _have(self, found: Recovered, pid: int) -> dict[bytes, bytearray]:
+        """What QEMU knows that it has, and what was put there from outside."""
+        have = have_of(self._opening, found.bitmaps)
+        for name, there in rescue.present(pid, self._opening).items():
+            known, seen = int.from_bytes(have[name], "big"), int.from_bytes(there, "big")
+            have[name] = bytearray((known | seen).to_bytes(len(there), "big"))
+        return have
 
     def _require_lost(self, monitor: Monitor) -> Standing:
         standing = look(monitor)
@@ -262,11 +293,9 @@ class Lazy:
 
     # the server
 
-    def _make_serving(self, fd: int, found: Recovered | None = None) -> Serving:
+    def _make_serving(self, fd: int) -> Serving:
         plan = self._plan
         server = PageServer(self._file, self._opening, fd, fd, on_demand=plan.on_demand, first=plan.first)
-        if found:
-            server.take_up(found.bitmaps, found.path, found.said)
         self._serving = Serving(server, self._hang_up)
         return self._serving
 
@@ -330,6 +359,8 @@ class Lazy:
             self._ours.close()
         if self._process:
             self._process.end()
+            if self._plan.disks:
+                self._plan.disks.undo()
         elif isinstance(error, VmstateError) and not isinstance(error, Unsettled) and not self._plan.resume:
             error.hints = (*error.hints, Waiting(self.path).fate())
         return error

@@ -174,6 +174,11 @@ def fill(source: Reader, view: memoryview) -> int:
     return have
 
 
+def file_of(fd: int) -> str | None:
+    """The path of the regular file behind a descriptor; None where it is none."""
+    return os.readlink(f"/proc/self/fd/{fd}") if kind(fd) == "file" else None
+
+
 class Output:
     """Where a command writes: standard output, or a named file that appears whole or not at all.
 

@@ -13,6 +13,7 @@ from .check import State
 from .command import hold_signals, no_more_signals, release_signals
 from .description import judge_end
 from .errors import Damaged, GuestGone, Refused, Stopped, VmstateError
+from .identity import Once, identity
 from .monitor import Monitor
 from .nics import Nic, from_info_network
 from .octets import HOLD, FdReader, Reader, channel, open_input, read_up_to
@@ -23,16 +24,22 @@ from .report import Report
 from .stage import Stage
 from .vmzfile import vmz_file
 from .waiting import Waiting, refusal, require_fit, require_waiting
+from .wayback import WayBack
 
 
 @dataclass(frozen=True)
 class Plan:
-    """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run."""
+    """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
+
+    disks: to be put back, for the QEMU to start.  once: where it is noted.
+    """
 
     path: str | None = None
     command: list[str] = field(default_factory=list)
     run: bool | None = None
     source: str | None = None
+    disks: WayBack | None = None
+    once: Once | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ class Restore:
     def _find_guest(self, head: Head) -> str:
         if self._plan.command:
             hold_signals()
-            self._process = Process(self._plan.command)
+            command = self._plan.command
+            self._process = Process(self._plan.disks.prepare(command) if self._plan.disks else command)
             release_signals()
             self._process.wait_until_it_answers()
             path = self._process.path
@@ -136,17 +144,32 @@ class Restore:
                 self._theirs.close()
                 saved = incoming.carry(self._proven)
                 waiting.loaded()
+                self._note(saved)
                 return saved
         except (QemuStopped, Refused, GuestGone) as error:
             if not waiting.begun:
                 raise
             raise refusal_of(waiting, self._process, error, self._whole) from error
 
-    def _proven(self, _state: State) -> None:
+    def _proven(self, state: State) -> None:
         """The input ends as a whole state does; so must all stages before it, each with 0."""
+        if self._plan.disks:
+            self._plan.disks.judge(state)
+        if self._plan.once:
+            self._plan.once.require_new(identity(state))
         if self._stage and not self._whole:
             self._stage.finish()
         self._whole = True
+
+    def _note(self, saved: State) -> None:
+        try:
+            if self._plan.once:
+                self._plan.once.note(identity(saved))
+        except VmstateError:
+            # Another one was faster.
+            assert self._waiting
+            self._waiting.discard()
+            raise
 
     def _sampler(self) -> Callable[[], Sample | None]:
         return lambda: Sample(self._incoming.came, self._size) if self._incoming else None
@@ -159,6 +182,8 @@ class Restore:
             self._stage.end()
         if self._process:
             self._process.end()
+        if self._plan.disks:
+            self._plan.disks.undo()
         if isinstance(error, Stopped) or not isinstance(error, VmstateError):
             return error
         if self._waiting and not self._process:

@@ -8,6 +8,9 @@ the guest waits for ever at its next write.  So whatever becomes of the sink, or
 import contextlib
 import os
 import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import guest
@@ -21,6 +24,8 @@ from .octets import BLOCK
 from .progress import Progress
 from .stage import Stage
 
+# How long QEMU may take to send all, in seconds.
+DRAINS = 600
 WORDS = {
     "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or for root alone: "
     "sysctl vm.unprivileged_userfaultfd=1",
@@ -57,6 +62,7 @@ class Snapshot(Dump):
 
     CAPABILITIES = guest.SNAPSHOT
     _pause: float | None = None
+    _talk: "_Talk | None" = None
 
     def run(self) -> dict[str, Any]:
         try:
@@ -65,6 +71,7 @@ class Snapshot(Dump):
             if standing.migration != "completed":
                 raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
             self._prove()
+            self._write_down(state)
             no_more_signals()
         except BaseException as error:
             raise self._put_back(error) from error
@@ -78,10 +85,15 @@ class Snapshot(Dump):
     def _make_guard(self) -> Guard:
         held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
         ours = self._ours.fileno()
-        return Guard(self._plan.path, *held, snapshot=(ours, lambda: drain(self._plan.path, ours)))
+        undo = self._disks.undo if self._disks else None
+        return Guard(self._plan.path, *held, snapshot=(ours, lambda: drain(self._plan.path, ours)), undo=undo)
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
+        if self._talk:
+            with discarding(self._ours.fileno()):
+                self._talk.join()
+            error = self._talk.error or error
         self._theirs.close()
         # A sink that is to be ended must not take a part for the whole meanwhile.
         self._let_go_of_the_sink()
@@ -92,27 +104,79 @@ class Snapshot(Dump):
 
     def _send(self) -> State:
         assert self._guard
+        if self._disks:
+            self._disks.prepare()
         self._guard.watch()
-        self._pause = self._sending.snapshot(self._theirs.fileno())
-        self._theirs.close()
         release_signals()
+        self._talk = _Talk(self._begin)
+        self._talk.start()
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
-            return self._outgoing.run()
+            state = self._outgoing.run()
+        self._talk.join()
+        if self._talk.error:
+            raise self._talk.error
+        return state
+
+    def _begin(self) -> None:
+        try:
+            self._pause = self._sending.snapshot(self._theirs.fileno(), self._disks.take if self._disks else None)
+        except BaseException:
+            if not self._sending.sent:
+                # Nothing comes; QEMU would not survive this where something did.
+                self._ours.shutdown(socket.SHUT_RD)
+            raise
+        finally:
+            self._theirs.close()
+
+
+class _Talk(threading.Thread):
+    """The talk with a QEMU whose bytes are taken meanwhile: it may wait for that itself before it answers.
+
+    (Its own thread can write to a page that is kept as it was, and which waits to be sent.)  error: what came of it.
+    """
+
+    def __init__(self, talk: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._do = talk
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._do()
+        except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
+            self.error = error
+
+
+@contextlib.contextmanager
+def discarding(fd: int) -> Iterator[None]:
+    """Take and throw away what comes from `fd`, while the `with` block runs."""
+    over = threading.Event()
+
+    def discard() -> None:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while not over.is_set():
+            if poll.poll(50) and not os.read(fd, BLOCK):
+                over.wait()
+
+    thread = threading.Thread(target=discard, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def drain(path: str, fd: int) -> None:
     """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
-    with Monitor(path) as monitor:
-        if not guest.look(monitor).moving:
-            return
-        had = monitor.ask("query-migrate-parameters").get("max-bandwidth", 0)
-        monitor.ask("migrate-set-parameters", max_bandwidth=0)
-    try:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        while poll.poll(500) or guest.glance(path).moving:
-            if poll.poll(0) and not os.read(fd, BLOCK):
-                break
-        guest.wait_for(path, lambda standing: not standing.moving, 60, "to end its snapshot")
-    finally:
-        guest.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
+    with discarding(fd):
+        with Monitor(path) as monitor:
+            if not guest.look(monitor).moving:
+                return
+            had = monitor.ask("query-migrate-parameters").get("max-bandwidth", 0)
+            monitor.ask("migrate-set-parameters", max_bandwidth=0)
+        try:
+            guest.wait_for(path, lambda standing: not standing.moving, DRAINS, "to end its snapshot")
+        finally:
+            guest.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))

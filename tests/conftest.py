@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin"
 os.environ.setdefault("LC_ALL", "C.UTF-8")
 
-from vm import Guest, make_disk, saved_guest, start_from  # noqa: E402
+from vm import Guest, make_disk, save, saved_guest, start_from  # noqa: E402
 
 
 @dataclass
@@ -94,6 +94,16 @@ class Guests:
         guest.wait_count(1)
         return guest
 
+    def with_disk(self, disk: Path, name: str = "a") -> Guest:
+        """One that is up and counting, also on a disk of its own, from a state made once a run."""
+        image = self._states / "disk.qcow2"
+        if not image.exists():
+            _boot_with_disk(self._states, image)
+        shutil.copy(image, disk)
+        guest = start_from(image.with_suffix(".state"), self.folder, name, disk=disk)
+        self._started.append(guest)
+        return guest
+
     def booted(self, name: str = "a", **kwargs: Any) -> Guest:
         """One that boots (it has a disk, or options of its own)."""
         guest = self.start(name, **kwargs)
@@ -111,6 +121,19 @@ class Guests:
     def end(self) -> None:
         for guest in self._started:
             guest.end()
+
+
+def _boot_with_disk(states: Path, image: Path) -> None:
+    """Its state, its sum, and last the disk as it was then."""
+    with tempfile.TemporaryDirectory(dir=states) as folder:
+        disk = Path(folder) / "disk"
+        make_disk(disk)
+        with Guest(Path(folder), "a", disk=disk).start() as guest:
+            image.with_suffix(".sum").write_text(guest.wait_ready())
+            guest.wait_count(2)
+            guest.cmd("stop")
+            save(guest, image.with_suffix(".state"))
+        disk.rename(image)
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import Guests, shell
 from guest.test_checkpoint import MODES, consistent, gone, restore, save
-from vm import Guest, until
+from guest.test_snapshot import its_connection_does_not_break
+from vm import MAC, Guest, until
 
 ROUNDS = int(os.environ.get("ROUNDS") or 100)
 
@@ -55,3 +56,20 @@ def test_ram_and_disk_are_of_one_instant(guests: Guests, work: Path, disk: Path,
         assert done.status == 0, done.err
         assert source.running()
         assert source.errors() == 0
+
+
+def test_twenty_in_a_row(guests: Guests, work: Path) -> None:
+    """Each of them is restored; the guest's connection never breaks."""
+    its_connection_does_not_break(guests, work, 20)
+    seen = []
+    net = ["-netdev", "user,id=n", "-device", f"virtio-net-pci,netdev=n,mac={MAC},romfile="]
+    for number in range(1, 21):
+        with guests.waiting(f"t{number}", net=net) as target:
+            done = shell(f"vm-restore t{number}.qmp < {number}.vmz", work)
+            assert done.status == 0, done.err
+            until(target.counts, 20, "it counts")
+            assert target.running()
+            target.wait_sum()
+            seen.append(target.counts()[0])
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 10

@@ -174,7 +174,7 @@ def gaps(rows: list[Row], title: str) -> str:
     import statistics
 
     lines: list[tuple[str, str, list[float], float | None, str]] = []
-    ticks = {(row.ours_name, row.what): statistics.median(row.theirs) for row in rows if row.target}
+    ticks = {(row.ours_name, row.what): statistics.median(row.theirs) / row.target for row in rows if row.target}
     for row in [row for row in rows if row.theirs_name != GAP_LIMIT]:
         usual = max(1e-9, statistics.median(row.theirs))
         if all(row.what != line[1] for line in lines):

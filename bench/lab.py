@@ -90,7 +90,7 @@ class Lab:
         image.unlink(missing_ok=True)
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1g"], check=True)
         drive = ["-drive", f"file={image},format=qcow2,if=none"]
-        return {**options, "append": f"{options['append']} tick=0.002{words}", "extra": options["extra"] + drive}
+        return {**options, "append": f"{options['append']} tick=0.02{words}", "extra": options["extra"] + drive}
 
     @staticmethod
     def _reading(disk: Path, mem: int, words: str) -> dict[str, Any]:

@@ -19,30 +19,42 @@ def put_in_place(command: list[str], meant: Callable[[str], bool], overlay: str)
     WrongUsage where it has none, or says itself what lies below.
     """
     made = list(command)
-    found, nodes = 0, set()
+    found = 0
+    nodes: set[str] = set()
     for number, value in enumerate(command):
         option = command[number - 1] if number else ""
         if PLAIN.fullmatch(option) and meant(value):
             made[number] = overlay
             found += 1
-        elif KEYED.fullmatch(option) and (keys := Keys(value)).put(meant, overlay):
+        elif KEYED.fullmatch(option) and (keys := Keys(value, option)).put(meant, overlay):
             made[number] = keys.text()
             found += 1
-            nodes.add(keys.node)
-    if not found:
-        raise WrongUsage("an image of the checkpoint is not among the arguments of QEMU")
+            if keys.node is not None:
+                nodes.add(keys.node)
+    if found != 1:
+        times = "is not" if not found else f"is {found} times"
+        raise WrongUsage(f"an image of the checkpoint {times} among the arguments of QEMU")
+    _set_formats(made, nodes)
+    return made
+
+
+def _set_formats(made: list[str], nodes: set[str]) -> None:
+    """Of images whose file has an option of its own, a node."""
+    used = set()
     for number, value in enumerate(made):
-        # The format of an image whose file has an option of its own.
-        if number and KEYED.fullmatch(made[number - 1]) and (keys := Keys(value)).get("file") in nodes - {None}:
+        option = made[number - 1] if number else ""
+        if KEYED.fullmatch(option) and (node := (keys := Keys(value, option)).get("file")) in nodes:
             keys.be_qcow2()
             made[number] = keys.text()
-    return made
+            used.add(node)
+    if nodes - used:
+        raise WrongUsage("an image of the checkpoint is used as it is, without a format above its file")
 
 
 class Keys:
     """The keys of an option, written as QEMU's lists or as JSON; those of a nested one have a dot."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, option: str = "") -> None:
         self._json: dict[str, Any] | None = None
         if text.startswith("{"):
             try:
@@ -51,6 +63,9 @@ class Keys:
                 self._json = {}
         words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")]
         self._words = [word.partition("=") for word in words]
+        if option.endswith("blockdev") and not self._words[0][1]:
+            # Its first key need not be named.
+            self._words[0] = ("driver", "=", self._words[0][0])
         self.node: str | None = None
 
     def get(self, name: str) -> str | None:
@@ -80,14 +95,15 @@ class Keys:
                 continue
             self.set(name, overlay)
             if name == "filename":
-                self.node = self.get("node-name")
+                self.node = self.get("node-name") or ""
             else:
                 self.be_qcow2()
             return True
         return False
 
     def be_qcow2(self) -> None:
-        if self.get("backing") or self.get("backing.driver") or self.get("backing.file.filename"):
+        words = self._json if self._json is not None else [name for name, _, _ in self._words]
+        if any(name == "backing" or name.startswith("backing.") for name in words):
             raise WrongUsage("the arguments of QEMU say what lies below an image of the checkpoint", "leave that to it")
         for name in ("format", "driver"):
             if self.get(name) is not None:

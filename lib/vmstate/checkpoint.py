@@ -1,14 +1,14 @@
 """The disks of a dump: a point in time that belongs to the RAM, and the manifest of both (`vm-dump --disks`)."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import manifest
+from . import guest, manifest
 from .check import State
-from .disks import INTERNAL, PointInTime, drop, merge, writable
-from .errors import CannotDo, Refused
-from .guest import patiently
+from .disks import INTERNAL, PointInTime, drop, merge, over, overlays_of, writable
+from .errors import CannotDo
 from .identity import identity
 from .monitor import Monitor
 
@@ -32,11 +32,16 @@ class Checkpoint:
             self._facts: dict[str, Any] = manifest.of_guest(monitor)
         self.prepare, self.take = self._point.prepare, self._point.take
 
-    def undo(self) -> None:
-        self._point.undo(self._path)
+    def undo(self, sure: bool = False) -> None:
+        self._point.undo(self._path, sure)
 
-    def settle(self, state: State, ran: bool, out: str | None) -> None:
-        """Write the manifest; `ran`: whether the guest is to run when it is restored; `out`: where its state is."""
+    def overlays(self) -> list[str]:
+        """Those that are there."""
+        return [disk.overlay for disk in self._point.disks if disk.overlay and os.path.exists(disk.overlay)]
+
+    def settle(self, state: State, ran: bool, out: str | None, goes_on: bool) -> None:
+        """Write the manifest; `ran`: whether the guest is to run when it is restored; `out`: where its state is;
+        `goes_on`: it has written since the instant."""
         if not self._wish.manifest:
             return
         manifest.write(
@@ -47,7 +52,7 @@ class Checkpoint:
                 identity=identity(state),
                 run=ran,
                 machine=state.machine,
-                disks=manifest.entries(self._point),
+                disks=manifest.entries(self._point, goes_on),
                 state=os.path.realpath(out) if out else None,
                 **self._facts,
             ),
@@ -56,20 +61,47 @@ class Checkpoint:
 
 def commit(path: str, name: str) -> None:
     """Take the point in time of the manifest `name` away from the disks of a running guest: there is no way back to it
-    then.  CannotDo where the guest does not write right above it."""
+    then.  CannotDo where the guest does not write right above it, or another one was made of it."""
     found = manifest.read(name)
-    for disk in found.disks:
-        if found.mode == INTERNAL:
-            _drop(path, disk, found.tag)
-        elif merge(path, disk.overlay, disk.image):
-            os.unlink(disk.overlay)
-        else:
-            text = f"the guest at {path} does not write into {disk.overlay}, over {disk.image}"
-            raise CannotDo(text, "later checkpoints go first: vm-dump --disks-commit with the manifest of the last one")
+    standing = guest.glance(path)
+    if standing.moving or standing.run not in ("running", "suspended"):
+        text = f"the guest at {path} does not run ('{standing.run}', {standing.migration}): its disks are left alone"
+        raise CannotDo(text, f"vm-cont {path}")
+    # What was taken away by a call that came to an end too early is not there any more.
+    work = [
+        _dropping(path, found.tag, disk) if found.mode == INTERNAL else _merging(path, disk) for disk in found.disks
+    ]
+    for step in work:
+        step()
 
 
-def _drop(path: str, disk: manifest.Entry, tag: str) -> None:
-    try:
-        patiently(path, lambda monitor: drop(monitor, disk.device or disk.node, tag))
-    except Refused as error:
-        raise CannotDo(f"the snapshot '{tag}' of {disk.image} is not taken away: {error.text}") from error
+def _merging(path: str, disk: manifest.Entry) -> Callable[[], None]:
+    """What merges the overlay above an image; CannotDo where that is not possible."""
+    overlay = over(path, disk.image)
+    others = [name for name in overlays_of(disk.image) if name != overlay]
+    if not overlay and not others:
+        return lambda: None
+    if not overlay:
+        text = f"the guest at {path} does not write right above {disk.image}, but others lie there: {', '.join(others)}"
+        raise CannotDo(text, "later checkpoints go first: vm-dump --disks-commit with the manifest of the last one")
+    if others:
+        text = f"{disk.image} lies below {', '.join(others)}, too, and must not change"
+        raise CannotDo(text, "take away what is not needed any more")
+
+    def step() -> None:
+        merge(path, overlay, disk.image)
+        os.unlink(overlay)
+
+    return step
+
+
+def _dropping(path: str, tag: str, disk: manifest.Entry) -> Callable[[], None]:
+    def step() -> None:
+        with Monitor(path) as monitor:
+            there = {found.image: found for found in writable(monitor, path)}
+        if disk.image not in there:
+            raise CannotDo(f"the guest at {path} does not write into {disk.image}")
+        if tag in there[disk.image].snapshots:
+            guest.patiently(path, lambda monitor: drop(monitor, there[disk.image].name, tag))
+
+    return step

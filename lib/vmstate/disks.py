@@ -4,6 +4,8 @@ An overlay lies beside the image that it freezes, as STEM.TAG.qcow2; an internal
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -15,14 +17,12 @@ from typing import Any
 
 from .errors import CannotDo, Refused, WrongUsage
 from .gather import RAW, innermost
-from .guest import patiently
+from .guest import patiently, wait_for
 from .monitor import Monitor
 
 OVERLAY, INTERNAL = "overlay", "internal"
 MODES = (OVERLAY, INTERNAL)
 ANOTHER = "choose another tag, or take that one away"
-# How long an overlay into which nothing was written may take to be merged, or any other, in seconds.
-MERGES = 600.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check_tag(tag: str) -> str:
 
 def writable(monitor: Monitor, path: str) -> list[Disk]:
     """The disks into which the guest can write; CannotDo where one is no file."""
-    found = []
+    found: list[Disk] = []
     for entry in monitor.ask("query-block"):
         inserted = entry.get("inserted")
         if not inserted or inserted["ro"]:
@@ -69,6 +69,9 @@ def writable(monitor: Monitor, path: str) -> list[Disk]:
             text = f"the disk '{name}' of the guest at {path} was opened with -snapshot: its writes are in no file"
             raise CannotDo(text, "start the guest without -snapshot")
         kind = "raw" if inserted["drv"] in RAW else inserted["drv"]
+        if kind not in ("raw", "qcow2"):
+            text = f"the disk '{name}' of the guest at {path} is {kind}: no way back to it is known"
+            raise CannotDo(text, "raw and qcow2 images can be frozen")
         size = inserted["image"]["virtual-size"]
         names = tuple(snapshot["name"] for snapshot in inserted["image"].get("snapshots", ()))
         known = innermost(inserted["image"]["filename"])
@@ -116,23 +119,41 @@ class PointInTime:
 
     def __init__(self, disks: list[Disk], tag: str, mode: str) -> None:
         self.tag, self.mode = tag, mode
+        self._prepared = self._taken = False
+        # The files as they were at the instant
+        self.then: dict[str, os.stat_result] = {}
         self.disks = disks
         if mode == OVERLAY:
             self.disks = [replace(disk, overlay=f"{stem(disk.chain)}.{tag}.qcow2") for disk in disks]
+        names = [disk.overlay for disk in self.disks if disk.overlay]
         for disk in self.disks:
             _require_possible(disk, mode, tag)
+            if names.count(disk.overlay) > 1:
+                raise CannotDo(f"two disks would get the same overlay, {disk.overlay}", "rename one of their images")
 
     def prepare(self) -> None:
-        """Make empty overlays; CannotDo where one cannot be made."""
-        for disk in self.disks if self.mode == OVERLAY else ():
-            # Under another name QEMU tells of them at greater length than it has room for.
-            below = disk.known if os.path.isabs(disk.known) else disk.image
-            create_overlay(below, disk.format, disk.size, disk.overlay)
+        """Make empty overlays; CannotDo where one cannot be made: what was made before is taken away."""
+        made: list[str] = []
+        try:
+            for disk in self.disks if self.mode == OVERLAY else ():
+                # Under another name QEMU tells of them at greater length than it has room for.
+                below = disk.known if os.path.isabs(disk.known) else disk.image
+                create_overlay(below, disk.format, disk.size, disk.overlay)
+                made.append(disk.overlay)
+        except (CannotDo, FileExistsError) as error:
+            for name in made:
+                os.unlink(name)
+            if isinstance(error, CannotDo):
+                raise
+            raise CannotDo(f"{error.filename} is there already", ANOTHER) from error
+        self._prepared = True
 
     def take(self, monitor: Monitor) -> None:
         """All or none; Refused with QEMU's words."""
+        self._taken = True
         if self.disks:
             monitor.ask("transaction", actions=[self._action(number, disk) for number, disk in enumerate(self.disks)])
+        self.then = {disk.image: os.stat(disk.image) for disk in self.disks}
 
     def _action(self, number: int, disk: Disk) -> dict[str, Any]:
         if self.mode == INTERNAL:
@@ -148,16 +169,35 @@ class PointInTime:
             "data": {**data, **({"device": disk.device} if disk.device else named)},
         }
 
-    def undo(self, path: str) -> None:
-        """The disks are as if it had not been; what the guest has written since stays."""
+    def undo(self, path: str, sure: bool = False) -> None:
+        """The disks are as if it had not been; what the guest has written since stays.
+
+        sure: it was `prepare`d and `take`n by the process that is gone now.  CannotDo where the guest is gone, or has
+        given its disks away.
+        """
+        if not (self._taken or sure or (self._prepared and self.mode == OVERLAY)):
+            return
+        standing = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to have its disks")
+        if standing.given_away:
+            raise CannotDo(f"the disks of the guest at {path} stay as they are: it was given away")
         for disk in self.disks:
             if self.mode == INTERNAL:
                 with contextlib.suppress(Refused):
                     patiently(path, partial(drop, name=disk.name, tag=self.tag))
             elif os.path.lexists(disk.overlay):
-                merge(path, disk.overlay, disk.image)
-                with contextlib.suppress(OSError):
-                    os.unlink(disk.overlay)
+                if not merge(path, disk.overlay, disk.image):
+                    _require_unused(path, disk.overlay)
+                os.unlink(disk.overlay)
+
+
+def _require_unused(path: str, overlay: str) -> None:
+    """CannotDo where the overlay holds something, or the guest has it open: it is all that has what was written."""
+    nodes = patiently(path, lambda monitor: monitor.ask("query-named-block-nodes"))
+    opened = any(os.path.basename(overlay) in str(node.get("file")) for node in nodes)
+    alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": overlay}}
+    found = "" if opened else run_qemu_img("map", "--output=json", f"json:{json.dumps(alone)}")
+    if opened or any(part.get("present") for part in json.loads(found)):
+        raise CannotDo(f"{overlay} is not taken away: the guest has written into it", "start the guest with it")
 
 
 def drop(monitor: Monitor, name: str, tag: str) -> None:
@@ -180,16 +220,39 @@ def _require_possible(disk: Disk, mode: str, tag: str) -> None:
 
 
 def create_overlay(image: str, kind: str, size: int, overlay: str) -> None:
-    """A new qcow2 over an image of this format and size, for whoever the image is; CannotDo."""
-    run_qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", image, "-F", kind, overlay, str(size))
-    found = os.stat(image)
+    """A new qcow2 over an image of this format and size, for whoever the image is; FileExistsError, CannotDo."""
+    # Two who make the same one are told apart here; qemu-img takes what is there.
     try:
+        os.close(os.open(overlay, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise CannotDo(f"cannot create {overlay}: {error.strerror}") from error
+    try:
+        run_qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", image, "-F", kind, overlay, str(size))
+        found = os.stat(image)
         os.chmod(overlay, found.st_mode & 0o777)
         if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
             os.chown(overlay, found.st_uid, found.st_gid)
-    except OSError as error:
+    except BaseException as error:
         os.unlink(overlay)
+        if not isinstance(error, OSError):
+            raise
         raise CannotDo(f"cannot give {overlay} to the owner of {image}: {error.strerror}") from error
+
+
+def overlays_of(image: str) -> list[str]:
+    """The images beside this one that lie right above it."""
+    found = []
+    for name in sorted(os.listdir(os.path.dirname(image))):
+        path = os.path.join(os.path.dirname(image), name)
+        if name.endswith(".qcow2") and path != image:
+            with contextlib.suppress(CannotDo, ValueError):
+                told = json.loads(run_qemu_img("info", "-U", "--output=json", path))
+                below = told.get("full-backing-filename")
+                if below and os.path.realpath(below) == image:
+                    found.append(path)
+    return found
 
 
 def run_qemu_img(*arguments: str) -> str:
@@ -210,33 +273,39 @@ def merge(path: str, overlay: str, image: str) -> bool:
 
     False where it does not write there.  Refused, CannotDo.
     """
-    job = f"vmstate{time.time_ns():x}"
+    # One that was begun before, by somebody who is gone, is gone on with.
+    job = "vmstate" + hashlib.sha256(overlay.encode()).hexdigest()[:16]
     if not patiently(path, lambda monitor: _begin(monitor, overlay, image, job)):
         return False
-    give_up = time.monotonic() + MERGES
     while patiently(path, lambda monitor: _advance(monitor, job)):
-        if time.monotonic() > give_up:
-            raise CannotDo(f"{overlay} is not merged within {MERGES:.0f} s", "query-block-jobs tells how far it is")
         time.sleep(0.02)
     if patiently(path, lambda monitor: _over(monitor, overlay, image)):
         raise CannotDo(f"QEMU has not merged {overlay} into {image}", "the guest's own log, or QEMU's words, say why")
     return True
 
 
+def over(path: str, image: str) -> str:
+    """The overlay into which the guest at `path` writes right above an image; '' where it does not."""
+    found = patiently(path, lambda monitor: _over(monitor, "", image))
+    return str(found["overlay"]) if found else ""
+
+
 def _over(monitor: Monitor, overlay: str, image: str) -> dict[str, Any] | None:
-    """What QEMU says of the disk that is written into `overlay`, over `image`."""
+    """What QEMU says of the disk that is written into `overlay` (where that is '': whatever it is), over `image`."""
     for entry in monitor.ask("query-block"):
         inserted = entry.get("inserted")
         if inserted and not inserted["ro"]:
             names = list(_layers(inserted["image"]))[:2]
-            if all(map(_is_file, names)) and [_file(monitor, name, "", "") for name in names] == [overlay, image]:
-                return dict(entry)
+            files = [_file(monitor, name, "", "") for name in names if _is_file(name)]
+            if len(files) == 2 and files[1] == image and overlay in ("", files[0]):
+                return {**entry, "overlay": files[0]}
     return None
 
 
 def _begin(monitor: Monitor, overlay: str, image: str, job: str) -> bool:
     found = _over(monitor, overlay, image)
-    if found:
+    begun = any(running["device"] == job for running in monitor.ask("query-block-jobs"))
+    if found and not begun:
         inserted = found["inserted"]
         below = inserted["image"]["backing-image"]["filename"]
         monitor.ask("block-commit", job_id=job, device=found["device"] or inserted["node-name"], base=below)

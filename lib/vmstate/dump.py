@@ -6,6 +6,7 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 import errno
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import guest
@@ -49,6 +50,8 @@ class Dump:
         self._plan = plan
         self._report = report
         self._mode = mode
+        # The disks belong to a state that is whole, and stay so.
+        self._kept = False
         # Until the guest's state is on its way, so that `run` knows all that there is to undo.
         hold_signals()
         self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
@@ -97,7 +100,7 @@ class Dump:
         return Checkpoint(self._plan.path, self._plan.disks)
 
     def _make_guard(self) -> Guard | None:
-        undo = self._disks.undo if self._disks else None
+        undo = partial(self._disks.undo, sure=True) if self._disks else None
         if isinstance(self._sink, Stage):
             return Guard(self._plan.path, self._sink.group, self._sink.fd, undo=undo)
         return Guard(self._plan.path, undo=undo) if self._plan.stop or undo else None
@@ -105,7 +108,9 @@ class Dump:
     def _send(self) -> State:
         watch = self._guard.watch if self._guard else lambda: None
         take = self._disks.take if self._disks else None
-        if self._disks:
+        if self._disks and self._guard:
+            # From here on there is something to undo, also where the guest stands already.
+            self._guard.watch()
             self._disks.prepare()
         self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch, take=take)
         self._theirs.close()
@@ -125,7 +130,12 @@ class Dump:
         """What belongs together, once all of it is there."""
         if self._disks:
             ran = self._sending.found.ran
-            self._disks.settle(state, ran, self._plan.out or (file_of(1) if not self._plan.to else None))
+            out = self._plan.out if self._plan.out != "-" else None
+            goes_on = self.CAPABILITIES == guest.SNAPSHOT
+            self._disks.settle(state, ran, out or (None if self._plan.to else file_of(1)), goes_on)
+            self._kept = True
+            if self._guard:
+                self._guard.keep()
 
     def _put_back(self, error: BaseException) -> BaseException:
         """Undo all; the error to raise, with what has become of the guest."""
@@ -136,13 +146,16 @@ class Dump:
         standing, trouble = None, None
         try:
             standing = self._sending.take_back() if self._sending.begun else None
-            if self._disks:
+            if self._disks and not self._kept:
                 self._disks.undo()
         except VmstateError as found:
             trouble = found
         if self._guard:
             # Where we did not get the guest to run on, the guard goes on trying.
             self._guard.leave() if trouble else self._guard.done()
+        if trouble and self._disks and isinstance(error, VmstateError):
+            written = [f"what the guest has written last is in {name}" for name in self._disks.overlays()]
+            error.hints = (*error.hints, *written)
         if trouble and not isinstance(trouble, GuestGone):
             words = f"{error}; and the guest could not be put back: {trouble}"
             return Unsettled(words, f"vm-status {self._plan.path}")

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from .stage import end_group
 
-WATCH, LET_GO, DONE = b"w", b"l", b"d"
+WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
 
 
@@ -53,6 +53,10 @@ class Guard:
     def let_go(self) -> None:
         """The sink has every byte: its input may end."""
         os.write(self._ours, LET_GO)
+
+    def keep(self) -> None:
+        """What else was done belongs to something whole: it stays."""
+        os.write(self._ours, KEEP)
 
     def leave(self) -> None:
         """Something is left to put back that we could not."""
@@ -108,6 +112,8 @@ def _guard(
             return
         if word == WATCH:
             stopped = True
+        if word == KEEP:
+            undo = None
         if word == LET_GO and held is not None:
             os.close(held)
             held = None
@@ -115,10 +121,15 @@ def _guard(
         end_group(group)
     if held is not None:
         os.close(held)
-    if stopped and snapshot:
+    if stopped:
+        _put_back(path, snapshot, undo)
+
+
+def _put_back(path: str, snapshot: Drain | None, undo: Callable[[], None] | None) -> None:
+    if snapshot:
         _tidy(path, snapshot[1])
-    if stopped and (undo or not snapshot):
-        _run_on(path)
+    # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
+    _run_on(path)
     if undo:
         with contextlib.suppress(Exception):
             undo()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from . import marks, userfault
 from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
-from .monitor import PATIENCE, Monitor
+from .monitor import PATIENCE, Monitor, StandsStill
 
 T = TypeVar("T")
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
@@ -165,13 +165,13 @@ def _wait_for_the_snapshot(monitor: Monitor) -> None:
     """Where a snapshot has just ended, QEMU lifts the protection of the guest's pages a moment after it has said so,
     and only while the capability is on: switched off before, the guest would wait for ever at its next write.
 
-    It can be seen to be over by QEMU having closed its userfaultfd; where that cannot be seen, time has to do.
+    Where that cannot be seen, time has to do.
     """
     if not any(c["state"] and c["capability"] in SNAPSHOT for c in monitor.ask("query-migrate-capabilities")):
         return
-    give_up = time.monotonic() + 20
+    give_up, pid = time.monotonic() + 20, monitor.pid()
     try:
-        while time.monotonic() < give_up and userfault.descriptors(monitor.pid()):
+        while time.monotonic() < give_up and userfault.descriptors(pid) and userfault.protected(pid):
             time.sleep(0.01)
     except OSError:
         time.sleep(1)
@@ -242,22 +242,43 @@ def limit(path: str, rate: int) -> Standing:
 def cont(path: str, force: bool = False) -> Standing:
     """Let a guest run; CannotDo where it waits for a state, or QEMU refuses (a disk image locked by another).
 
-    Unsettled where it was moved to another QEMU, unless `force`.
+    Unsettled where it was moved to another QEMU, unless `force`.  One whose snapshot has lost all who had to do with it
+    (QEMU 7.2 leaves its pages protected) goes on; with `force` also where QEMU itself has come to wait for it.
     """
-    with Monitor(path) as monitor:
-        standing = look(monitor)
-        if standing.run == "inmigrate":
-            raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
-        found = marks.read(monitor)
-        # One whose memory is being brought is where it belongs; not so one that waits for a file that can be read.
-        if standing.moving and (marks.LAZY not in found or marks.HALTED in found):
-            raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
-        if not force:
-            marks.refuse(found, standing.run, standing.given_away, path)
-        marks.hold(monitor)
-        after = cont_in(monitor)
-        marks.stay(monitor)
-        return after
+    try:
+        with Monitor(path) as monitor:
+            return _cont(monitor, path, force)
+    except StandsStill as error:
+        if not (force and error.protected):
+            raise
+        userfault.unprotect(error.pid)
+    return patiently(path, lambda monitor: _cont(monitor, path, force))
+
+
+def _cont(monitor: Monitor, path: str, force: bool) -> Standing:
+    standing = look(monitor)
+    if lost_its_snapshot(standing, monitor.pid()):
+        userfault.unprotect(monitor.pid())
+        tidy(monitor)
+        return look(monitor)
+    if standing.run == "inmigrate":
+        raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
+    found = marks.read(monitor)
+    # One whose memory is being brought is where it belongs; not so one that waits for a file that can be read.
+    if standing.moving and (marks.LAZY not in found or marks.HALTED in found):
+        raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
+    if not force:
+        marks.refuse(found, standing.run, standing.given_away, path)
+    marks.hold(monitor)
+    after = cont_in(monitor)
+    marks.stay(monitor)
+    return after
+
+
+def lost_its_snapshot(standing: Standing, pid: int) -> bool:
+    """Whether a guest waits for ever at a page that it may not write into."""
+    runs = standing.run in ("running", "suspended") and not standing.moving
+    return runs and userfault.waits(pid) and userfault.protected(pid)
 
 
 def cont_in(monitor: Monitor) -> Standing:
@@ -372,7 +393,7 @@ class Sending:
         """
 
         def send(monitor: Monitor) -> None:
-            if stopped and self.found.ran:
+            if (stopped or take) and self.found.ran:
                 watch()
                 self._stopped = True
                 monitor.ask("stop")
@@ -397,8 +418,13 @@ class Sending:
                 self._stopped = self.found.ran
                 monitor.ask("stop")
                 take(monitor)
-            monitor.ask("migrate", uri=f"fd:{NAME}")
+            # Before the word is given: where no answer comes, it may be sending.
             self.sent = True
+            try:
+                monitor.ask("migrate", uri=f"fd:{NAME}")
+            except Refused:
+                self.sent = False
+                raise
             if take and self.found.ran:
                 _run_on_once_kept(monitor)
             if self.found.ran:

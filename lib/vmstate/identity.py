@@ -1,7 +1,6 @@
 """Which state it is, however it was packed or moved: told by its devices, which hold the moment; and which ones a guest
 was made of already (`--once`)."""
 
-import contextlib
 import fcntl
 import os
 import time
@@ -40,16 +39,15 @@ class Once:
     def note(self, name: str) -> None:
         """The same, and write it down, before anybody else can; it is on the disk then."""
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise CannotDo(f"cannot write {self._path}: {error.strerror}") from error
-        with contextlib.closing(os.fdopen(fd, "a+", encoding="utf-8")) as file:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            file.seek(0)
-            self._look(name, file.read())
-            file.write(f"{name} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n")
-            file.flush()
-            os.fsync(fd)
+            with open(self._path, "a+", encoding="utf-8") as file:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+                file.seek(0)
+                self._look(name, file.read())
+                file.write(f"{name} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, ValueError) as error:
+            raise CannotDo(f"cannot write {self._path}: {error}") from error
 
     def _look(self, name: str, text: str) -> None:
         for line in text.splitlines():

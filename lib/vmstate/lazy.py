@@ -173,9 +173,9 @@ class Lazy:
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
             hold_signals()
+            self._set_up(monitor, run)
             if self._plan.once:
                 self._plan.once.note(which(self._state))
-            self._set_up(monitor, run)
             monitor.give(NAME, theirs.fileno())
             Waiting.incoming(monitor)
             theirs.close()
@@ -359,10 +359,10 @@ class Lazy:
             self._ours.close()
         if self._process:
             self._process.end()
-            if self._plan.disks:
-                self._plan.disks.undo()
         elif isinstance(error, VmstateError) and not isinstance(error, Unsettled) and not self._plan.resume:
             error.hints = (*error.hints, Waiting(self.path).fate())
+        if self._plan.disks:
+            self._plan.disks.undo()
         return error
 
 

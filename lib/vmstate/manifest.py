@@ -50,11 +50,11 @@ class Manifest:
     made: float = field(default_factory=time.time)
 
 
-def entries(point: disks.PointInTime) -> list[Entry]:
-    """The disks of a point in time that was taken."""
+def entries(point: disks.PointInTime, goes_on: bool) -> list[Entry]:
+    """The disks of a point in time that was taken; `goes_on`: by a guest that has written since."""
     found = []
     for disk in point.disks:
-        stat = os.stat(disk.image)
+        stat = point.then[disk.image] if goes_on and point.mode == disks.INTERNAL else os.stat(disk.image)
         names = (disk.device, disk.node, disk.format, disk.size, disk.image, list(disk.chain[1:]), disk.overlay)
         found.append(Entry(*names, stat.st_size, stat.st_mtime))
     return found

@@ -31,12 +31,19 @@ for _name in ("qemu.qmp", "asyncio"):
 
 
 class StandsStill(CannotDo):
-    """QEMU, process `pid`, answers nothing: it waits for a page of its guest, which nobody brings."""
+    """QEMU, process `pid`, answers nothing: it waits for a page of its guest, which nobody brings.
+
+    protected: it may not write into it, since a snapshot has not come so far yet, or was lost.
+    """
 
     def __init__(self, path: str, pid: int) -> None:
+        self.pid, self.protected = pid, userfault.protected(pid)
         text = f"the QEMU of the guest at {path} stands still: it waits for a page, and nobody brings it"
-        super().__init__(text, f"where a lazy restore has lost its vm-restore: vm-restore --resume {path} < STATE.vmz")
-        self.pid = pid
+        hint = f"where a lazy restore has lost its vm-restore: vm-restore --resume {path} < STATE.vmz"
+        if self.protected:
+            text = f"the QEMU of the guest at {path} stands still: it waits for its snapshot to go on"
+            hint = f"its sink is slow; or, where no vm-dump is at work any more: vm-cont --force {path}"
+        super().__init__(text, hint)
 
 
 class Monitor:

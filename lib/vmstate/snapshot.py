@@ -10,22 +10,25 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from . import guest
+from . import guest, userfault
 from .check import State
 from .command import no_more_signals, release_signals
 from .dump import Dump, sample
-from .errors import CannotDo, Refused, VmstateError
+from .errors import CannotDo, Refused, Stopped, VmstateError
 from .guard import Guard
 from .monitor import Monitor
 from .octets import BLOCK
 from .progress import Progress
 from .stage import Stage
 
-# How long QEMU may take to send all, in seconds.
-DRAINS = 600
+# How long QEMU may take to send all, or another client may hold its monitor: with nobody to take what it sends the
+# guest would wait for ever.
+DRAINS = 1e9
 WORDS = {
     "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or for root alone: "
     "sysctl vm.unprivileged_userfaultfd=1",
@@ -47,6 +50,9 @@ def possible(path: str) -> bool:
     with Monitor(path) as monitor:
         if guest.require_sendable(monitor, path).run not in ("running", "suspended"):
             return False
+        if not _over(monitor.pid()):
+            text = f"no snapshot of the guest at {path}: one before it was lost, and its QEMU is left with that"
+            raise NoSnapshot(text, OTHERWISE)
         try:
             guest.prepare(monitor, guest.SNAPSHOT, {}, found)
         except Refused as error:
@@ -54,6 +60,17 @@ def possible(path: str) -> bool:
             raise NoSnapshot(f"no snapshot of the guest at {path}: {error.text}", *hints, OTHERWISE) from error
         finally:
             found.put_back(monitor)
+    return True
+
+
+def _over(pid: int) -> bool:
+    """Whether QEMU has closed what it protected pages with before; True also where that cannot be seen."""
+    give_up = time.monotonic() + 2
+    with contextlib.suppress(OSError):
+        while userfault.descriptors(pid):
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(0.02)
     return True
 
 
@@ -85,7 +102,7 @@ class Snapshot(Dump):
     def _make_guard(self) -> Guard:
         held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
         ours = self._ours.fileno()
-        undo = self._disks.undo if self._disks else None
+        undo = partial(self._disks.undo, sure=True) if self._disks else None
         return Guard(self._plan.path, *held, snapshot=(ours, lambda: drain(self._plan.path, ours)), undo=undo)
 
     def _put_back(self, error: BaseException) -> BaseException:
@@ -93,7 +110,8 @@ class Snapshot(Dump):
         if self._talk:
             with discarding(self._ours.fileno()):
                 self._talk.join()
-            error = self._talk.error or error
+            if self._talk.error and not isinstance(error, Stopped):
+                error = self._talk.error
         self._theirs.close()
         # A sink that is to be ended must not take a part for the whole meanwhile.
         self._let_go_of_the_sink()
@@ -104,12 +122,12 @@ class Snapshot(Dump):
 
     def _send(self) -> State:
         assert self._guard
+        self._guard.watch()
         if self._disks:
             self._disks.prepare()
-        self._guard.watch()
-        release_signals()
         self._talk = _Talk(self._begin)
         self._talk.start()
+        release_signals()
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
             state = self._outgoing.run()
         self._talk.join()
@@ -171,12 +189,19 @@ def discarding(fd: int) -> Iterator[None]:
 def drain(path: str, fd: int) -> None:
     """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
     with discarding(fd):
-        with Monitor(path) as monitor:
-            if not guest.look(monitor).moving:
-                return
-            had = monitor.ask("query-migrate-parameters").get("max-bandwidth", 0)
-            monitor.ask("migrate-set-parameters", max_bandwidth=0)
+        had = guest.patiently(path, _unlimited, DRAINS)
+        if had is None:
+            return
         try:
             guest.wait_for(path, lambda standing: not standing.moving, DRAINS, "to end its snapshot")
         finally:
             guest.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
+
+
+def _unlimited(monitor: Monitor) -> int | None:
+    """Lift the limit of what QEMU sends; what it was, None where it sends nothing any more."""
+    if not guest.look(monitor).moving:
+        return None
+    had = int(monitor.ask("query-migrate-parameters").get("max-bandwidth", 0))
+    monitor.ask("migrate-set-parameters", max_bandwidth=0)
+    return had

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from .errors import CannotDo, GuestGone
 
 # linux/userfaultfd.h, and the number of pidfd_getfd on every architecture
-UFFDIO_COPY, UFFDIO_ZEROPAGE = 0xC028AA03, 0xC020AA04
+UFFDIO_UNREGISTER, UFFDIO_COPY, UFFDIO_ZEROPAGE = 0x8010AA01, 0xC028AA03, 0xC020AA04
 SYS_PIDFD_GETFD = 438
 # In a word of /proc/PID/pagemap: in memory, or swapped out
 PRESENT = 3 << 62
@@ -34,6 +34,20 @@ def waits(pid: int) -> bool:
         return any(_read(f"{folder}/{thread}/wchan") == "handle_userfault" for thread in os.listdir(folder))
     except OSError:
         return False
+
+
+def protected(pid: int) -> bool:
+    """Whether pages of the process are protected from its own writes; False also where that cannot be seen."""
+    try:
+        return bool(descriptors(pid)) and any("uw" in flags for _, _, flags in _maps(pid))
+    except OSError:
+        return False
+
+
+def unprotect(pid: int) -> None:
+    """Lift that, and let go on what waits.  CannotDo where it is not ours to touch."""
+    with contextlib.closing(Userfault(pid)) as faults:
+        faults.release()
 
 
 def _read(path: str) -> str:
@@ -68,6 +82,12 @@ class Userfault:
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def release(self) -> None:
+        """Let go of all that is protected from being written."""
+        for start, end, flags in self._maps:
+            if "uw" in flags:
+                self._ask(UFFDIO_UNREGISTER, struct.pack("2Q", start, end - start))
 
     def places(self, sizes: dict[bytes, int]) -> dict[bytes, int]:
         """Where in the process the blocks begin whose pages it waits for, of blocks with these sizes in bytes; without

@@ -1,8 +1,9 @@
 """The disks of a checkpoint back to its instant, for a QEMU that is about to be started (`vm-restore --disks`)."""
 
 import contextlib
+import json
 import os
-import re
+from itertools import count
 
 from . import manifest
 from .arguments import put_in_place
@@ -37,18 +38,21 @@ class WayBack:
     def prepare(self, command: list[str]) -> list[str]:
         """The command with the disks as they were."""
         for entry in self.manifest.disks:
-            if self.manifest.mode == OVERLAY:
-                overlay = _free(entry, self.manifest.tag)
-                command = _placed(command, entry, overlay)
-                create_overlay(entry.image, entry.format, entry.size, overlay)
-                self._made.append(overlay)
-            else:
-                _placed(command, entry, entry.image)
+            # Whether it is there at all comes before anything is made.
+            _placed(command, entry, entry.image)
+        for entry in self.manifest.disks if self.manifest.mode == OVERLAY else ():
+            overlay = _new_overlay(entry, self.manifest.tag)
+            self._made.append(overlay)
+            command = _placed(command, entry, overlay)
         if self.manifest.mode != OVERLAY:
             self._apply()
         return command
 
     def _apply(self) -> None:
+        for entry in self.manifest.disks:
+            names = json.loads(run_qemu_img("info", "-U", "--output=json", entry.image)).get("snapshots", [])
+            if self.manifest.tag not in [snapshot["name"] for snapshot in names]:
+                raise CannotDo(f"the disk {entry.image} has no snapshot '{self.manifest.tag}' any more")
         for entry in self.manifest.disks:
             before = os.stat(entry.image)
             try:
@@ -72,17 +76,17 @@ class WayBack:
         for image, before in self._times:
             with contextlib.suppress(OSError):
                 os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+        self._made, self._times = [], []
 
 
 def _placed(command: list[str], entry: Entry, image: str) -> list[str]:
     """The command with `image` in the place of one of the family of the disk: itself, below it, or over it."""
     family = stem((entry.image, *entry.chain))
     own = {name for name in (entry.image, *entry.chain) if os.path.splitext(name)[0] == family} | {entry.image}
-    over = re.compile(re.escape(family) + r"\.[A-Za-z0-9_.-]+\.qcow2")
 
     def meant(path: str) -> bool:
         real = os.path.realpath(path)
-        return real in own or bool(over.fullmatch(real))
+        return real in own or (real.startswith(f"{family}.") and _lies_on(real, own))
 
     try:
         return put_in_place(command, meant, image)
@@ -90,9 +94,20 @@ def _placed(command: list[str], entry: Entry, image: str) -> list[str]:
         raise WrongUsage(f"{error}: {entry.image}", *error.hints) from error
 
 
-def _free(entry: Entry, tag: str) -> str:
-    """The name of a new overlay, beside the image."""
-    number = 1
-    while os.path.lexists(name := f"{stem((entry.image, *entry.chain))}.{tag}-{number}.qcow2"):
-        number += 1
-    return name
+def _lies_on(image: str, own: set[str]) -> bool:
+    """Whether an image is above one of these."""
+    try:
+        chain = json.loads(run_qemu_img("info", "-U", "--backing-chain", "--output=json", image))
+    except (CannotDo, ValueError):
+        return False
+    return any(os.path.realpath(layer["filename"]) in own for layer in chain)
+
+
+def _new_overlay(entry: Entry, tag: str) -> str:
+    """The name of one that was made beside the image, and is nobody else's."""
+    for number in count(1):
+        name = f"{stem((entry.image, *entry.chain))}.{tag}-{number}.qcow2"
+        with contextlib.suppress(FileExistsError):
+            create_overlay(entry.image, entry.format, entry.size, name)
+            return name
+    raise AssertionError

@@ -238,7 +238,11 @@ def test_what_is_refused(guests: Guests, work: Path, disk: Path) -> None:
     assert (work / "disk.t1.qcow2").read_text() == "mine"
     for options, words in (
         ("--disks t1", "--disks goes with --snapshot or --stop"),
+        ("--snapshot-or-live --disks t1", "--disks goes with --snapshot or --stop"),
         ("--snapshot --manifest m", "go with --disks"),
+        ("--snapshot --disks t1 --manifest -", "needs a file of its own"),
+        ("--snapshot --disks t1 --manifest m -o m", "needs a file of its own"),
+        ("--disks-commit m -n", "does not go with --dry-run"),
         ("--snapshot --disks a/b", "cannot be a tag"),
         ("--snapshot --disks t1 --disks-mode x", "expected overlay or internal"),
     ):

@@ -27,7 +27,12 @@ def placed(*words: str) -> list[str]:
         ),
         (
             ["-blockdev", "file,filename=/d/a,,b.img,node-name=f", "-blockdev", "raw,file=f,node-name=n"],
-            ["-blockdev", "file,filename=/d/new,,one.qcow2,node-name=f", "-blockdev", "raw,file=f,node-name=n"],
+            [
+                "-blockdev",
+                "driver=file,filename=/d/new,,one.qcow2,node-name=f",
+                "-blockdev",
+                "driver=qcow2,file=f,node-name=n",
+            ],
         ),
         (
             ["-blockdev", "driver=raw,file=f,node-name=n", "-blockdev", "driver=file,filename=/d/a,,b.img,node-name=f"],
@@ -55,6 +60,10 @@ def test_another_image_in_the_place_of_one(given: list[str], made: list[str]) ->
         (["-kernel", "/d/a,b.img"], "not among the arguments"),
         (["-blockdev", "{not json"], "not among the arguments"),
         (["-drive"], "not among the arguments"),
+        (["-hda", "/d/a,b.img", "-hdb", "/d/a,b.img"], "2 times among the arguments"),
+        (["-blockdev", "driver=file,filename=/d/a,,b.img,node-name=f"], "without a format above"),
+        (["-blockdev", "driver=file,filename=/d/a,,b.img"], "without a format above"),
+        (["-blockdev", '{"driver": "qcow2", "backing": null, "file": {"filename": "/d/a,b.img"}}'], "what lies below"),
         (["-blockdev", "driver=qcow2,file.filename=/d/a,,b.img,backing=b"], "what lies below"),
         (
             ["-blockdev", "driver=file,filename=/d/a,,b.img,node-name=f", "-blockdev", "driver=qcow2,file=f,backing=b"],

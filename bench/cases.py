@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from announcing import ANNOUNCING
 from lab import Events, Lab, judge_state, load, migrate, outcome
 from lazily import clones, lazy
 from measure import SINK, Row, busy, interleave, peak, pipeline, same
@@ -403,7 +404,12 @@ def memory(lab: Lab) -> Iterator[Row]:
         yield Row("memory", name, "256 MiB", "peak memory", "B", [count], [LIMIT_MEMORY], 1)
 
 
-CASES: dict[str, Callable[[Lab], Iterator[Row]]] = {
-    case.__name__: case
-    for case in (start, dump, pause, compress, packed, restore, lazy, clones, filters, verify, memory, encrypt)
-} | MOVES
+CASES: dict[str, Callable[[Lab], Iterator[Row]]] = (
+    {
+        case.__name__: case
+        for case in (start, dump, pause, compress, packed, restore, lazy, clones, filters, verify, memory, encrypt)
+    }
+    | MOVES
+    | ANNOUNCING
+)
+OF_ROOT = {*MOVES, *ANNOUNCING}

@@ -160,12 +160,12 @@ class Announcer:
             return
         if self._plan.again:
             self._known.pop(_card(place, self._plan.tags), None)
-        why: dict[str | None, str] = {None: self._origin, **dict.fromkeys(nic.addresses, self._origin)}
-        yield from self._start(Found(place, why, self._plan.tags))
-        self._new.append(place)
         if self._plan.learn:
             self._learners[place.own, packed(nic.mac)] = (time.monotonic() + self._plan.learn, place)
             yield from self._open_ear(place.own)
+        why: dict[str | None, str] = {None: self._origin, **dict.fromkeys(nic.addresses, self._origin)}
+        yield from self._start(Found(place, why, self._plan.tags))
+        self._new.append(place)
 
     def _start(self, found: Found) -> Iterator[Happening]:
         """The first round of what is not announced yet."""

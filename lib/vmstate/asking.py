@@ -14,7 +14,8 @@ MOST_VLANS = 64
 class Told(NamedTuple):
     """`further`: main MAC -> other MACs that the card takes frames for; `vlans`: main MAC -> VLANs it listens to.
 
-    `addresses`: MAC -> addresses in the guest, as its agent tells; `silent`: why the agent told nothing, if so.
+    `addresses`: MAC -> addresses in the guest, as its agent tells; `silent`: why the agent told nothing, if so;
+    `state`: the guest's run state.
     """
 
     nics: list[Nic]
@@ -22,18 +23,28 @@ class Told(NamedTuple):
     vlans: dict[str, tuple[int, ...]]
     addresses: dict[str, tuple[str, ...]]
     silent: str | None
+    state: str
 
 
 def ask(path: str) -> Told:
-    """One conversation with the monitor at `path`, one with the agent if there is one; what Monitor raises."""
+    """One conversation with the monitor at `path`, one with the agent if there is one; CannotDo."""
     with Monitor(path) as monitor:
+        state = _require_here(monitor, path)
         filters = _filters(monitor)
         nics = from_info_network(monitor.human("info network"), monitor.pid(), filters)
         place = agent.path_of(monitor)
     addresses, silent = _of_agent(place) if place else ({}, "the guest has no port for an agent")
     macs = {str(entry.get("main-mac")).lower(): entry for entry in filters}
     further = {mac: unicast(entry) for mac, entry in macs.items()}
-    return Told(nics, further, {mac: vlans(entry) for mac, entry in macs.items()}, addresses, silent)
+    return Told(nics, further, {mac: vlans(entry) for mac, entry in macs.items()}, addresses, silent, state)
+
+
+def _require_here(monitor: Monitor, path: str) -> str:
+    """The run state; CannotDo where the guest was moved away: its frames would go to where it no longer is."""
+    standing = guest.look(monitor)
+    if standing.given_away:
+        raise CannotDo(f"the guest at {path} was moved away, and is to be announced where it runs", f"vm-status {path}")
+    return standing.run
 
 
 def _filters(monitor: Monitor) -> list[dict[str, Any]]:
@@ -74,7 +85,8 @@ def have_announced(path: str, rhythm: dict[str, int]) -> str:
     """
     try:
         with Monitor(path) as monitor:
+            state = _require_here(monitor, path)
             guest.announce(monitor, rhythm)
-            return guest.look(monitor).run
+            return state
     except Refused as error:
         raise CannotDo(f"the guest at {path} is not announced by its QEMU: {error.text}") from error

@@ -5,8 +5,7 @@ family, IPv4 or IPv6, the next one is not asked for that.  (What is heard of the
 """
 
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +33,7 @@ class Found(NamedTuple):
 
 
 class Finder:
-    """A thread that looks up; `fileno` is readable when `take` has something.
+    """Looks up in a thread, one job at a time; `fileno` is readable when `take` has something.
 
     guest: the QMP socket to ask, if any; told: what it has told already.
     """
@@ -42,10 +41,9 @@ class Finder:
     def __init__(self, guest: str | None = None, told: "Told | None" = None) -> None:
         self._guest = guest
         self._told = told
-        self._jobs: queue.SimpleQueue[Sequence[Target]] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[list[Found] | str] = queue.SimpleQueue()
+        self._waiting: deque[Sequence[Target]] = deque()
+        self._done: deque[list[Found] | str] = deque()
         self._wake, self._waker = os.pipe()
-        self._thread: threading.Thread | None = None
         self.jobs = 0
 
     def fileno(self) -> int:
@@ -53,29 +51,35 @@ class Finder:
 
     def look(self, places: Sequence[Target]) -> None:
         self.jobs += 1
-        self._jobs.put(places)
-        if not self._thread:
-            self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
+        self._waiting.append(places)
+        if self.jobs == 1:
+            self._start()
 
     def take(self) -> list[Found] | str:
         """What was found; or, as text, why the guest tells nothing.  Waits where nothing was."""
         os.read(self._wake, 1)
-        found = self._done.get()
-        self.jobs -= 0 if isinstance(found, str) else 1
+        found = self._done.popleft()
+        if not isinstance(found, str):
+            self.jobs -= 1
+            if self.jobs:
+                self._start()
         return found
 
-    def _work(self) -> None:
-        while True:
-            places = self._jobs.get()
-            try:
-                found = list(find(places, self._ask()))
-            except OSError:
-                found = []
-            self._put(found)
+    def _start(self) -> None:
+        # Not before there is something to look up, which is after the first frames.
+        from threading import Thread
+
+        Thread(target=self._work, args=(self._waiting.popleft(),), daemon=True).start()
+
+    def _work(self, places: Sequence[Target]) -> None:
+        try:
+            found = list(find(places, self._ask()))
+        except OSError:
+            found = []
+        self._put(found)
 
     def _put(self, what: "list[Found] | str") -> None:
-        self._done.put(what)
+        self._done.append(what)
         os.write(self._waker, b"\0")
 
     def _ask(self) -> "Told | None":

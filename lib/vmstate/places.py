@@ -1,7 +1,6 @@
 """On which interface a card's frames are sent, such that they go to the network and not into the guest."""
 
 import os
-import shutil
 import socket
 import time
 from typing import NamedTuple
@@ -150,10 +149,12 @@ def _bridge_of(tap: str) -> str:
 
 def _open_vswitch(tap: str) -> str | None:
     """The bridge of Open vSwitch that has this port, or is this interface itself; its internal port has its name."""
+    import shutil
+    import subprocess
+
     tool = shutil.which("ovs-vsctl", path=f"{os.environ.get('PATH', '')}:{TOOLS}")
     if not tool:
         return None
-    import subprocess
 
     def ask(*words: str) -> str | None:
         try:

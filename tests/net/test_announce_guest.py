@@ -72,6 +72,12 @@ def test_one_round_has_the_network_find_it(guests: Guests, two: Hosts) -> None:
     assert port_of_the_switch(two) == "vB"
     assert answers(two)
     client.lives()
+    # Its source keeps the state of a guest that is elsewhere.
+    for words in ("a.qmp", "--self a.qmp"):
+        done = two.sh("A", f"vm-announce {words}")
+        assert done.status == 1
+        assert "the guest at a.qmp was moved away, and is to be announced where it runs" in done.err
+    assert port_of_the_switch(two) == "vB"
 
 
 def test_until_it_is_heard(guest: Guest, two: Hosts) -> None:

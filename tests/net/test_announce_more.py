@@ -178,6 +178,7 @@ def test_the_cards_of_a_guest(place, qemu, tmp_path):
         assert host.announce(*ONCE, "--guest", f"{tmp_path}/a.qmp", stdin=f"{ONE} tap0\n").returncode == 0
     assert done.returncode == 0
     assert f"note: {TWO} has no interface on this host" in done.stderr
+    assert f"warning: the guest at {tmp_path}/a.qmp is 'prelaunch'" in done.stderr
     assert "note: the guest has no port for an agent" in done.stderr
     assert seen == of(Nic(ONE, "tap0", ("192.0.2.7",))) * 2
     done = host.announce("-v", *ONCE, "--guest", "nowhere.qmp", stdin=f"{ONE} tap0\n")
@@ -383,6 +384,27 @@ def waits(pid):
     with contextlib.suppress(OSError):
         return "poll" in open(f"/proc/{pid}/wchan").read()
     return False
+
+
+def test_nothing_slow_comes_before_the_first_frame(place):
+    """What is looked up, and all that needs, is imported behind it."""
+    host, _ = place
+    command = host.command(sys.executable, "-X", "importtime", COMMAND[1], *ONCE, "--as-is", ONE, "br0", "192.0.2.7")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, env=ENVIRONMENT)
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert done.returncode == 0
+    assert "docopt" in imported
+    heavy = {"asyncio", "ctypes", "dataclasses", "inspect", "qemu", "shutil", "subprocess", "tempfile", "threading"}
+    assert not imported & heavy
+
+
+@pytest.mark.parametrize("words", [("--learn", "0.3"), ("--until-heard",), ("--check",), ("--json",)], ids=str)
+def test_with_only_the_one_capability_all_but_the_entry_works(place, words):
+    host, _ = place
+    done = host.announce(*FAST, *words, "-v", ONE, "br0", "192.0.2.7", before=ONLY_RAW)
+    assert done.returncode == 0
+    assert "can be heard" not in done.stderr and "could not be seen" not in done.stderr
+    assert "error" not in done.stderr
 
 
 # As a filter

@@ -10,7 +10,9 @@ ONE, TWO, THREE = "52:54:00:12:34:56", "52:54:00:12:34:57", "52:54:00:12:34:58"
 
 
 def told(**values):
-    return Told(**{"nics": [], "further": {}, "vlans": {}, "addresses": {}, "silent": None, **values})
+    return Told(
+        **{"nics": [], "further": {}, "vlans": {}, "addresses": {}, "silent": None, "state": "running", **values}
+    )
 
 
 def test_a_family_is_asked_for_only_once():

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .errors import CannotDo
-from .frames import ethertype, of_card
-from .places import Target, steer, target
+from .frames import of_card
+from .places import Target, send, steer, target
 
 __all__ = ["Failure", "Target", "announce", "packet_socket", "schedule", "steer", "target"]
 
@@ -54,6 +54,6 @@ def announce(sender: socket.socket, targets: Sequence[Target], moments: Sequence
         for place, parts in prepared:
             try:
                 for frame in parts:
-                    sender.sendto(frame.data, (place.iface, ethertype(frame.data)))
+                    send(sender, place, frame.data)
             except OSError as error:
                 yield Failure(number, place, error.strerror or str(error))

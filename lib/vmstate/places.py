@@ -7,21 +7,24 @@ from typing import NamedTuple
 
 from . import netlink
 from .errors import CannotDo
-from .frames import ETHERNET, packed
-from .nics import SYS, TOOLS, Nic
+from .frames import ETHERNET, ethertype, packed
+from .nics import SYS, Nic
 
 IFF_UP = 1
 # How long what was seen of an interface counts, in seconds: thousands of lines may name the same bridge.
 FRESH = 1.0
-OVS_PATIENCE = 5
 
 
 class Target(NamedTuple):
-    """A card, the interface its frames are sent on, and the tap that this bridge shall find it behind."""
+    """A card, the interface its frames are sent on, and the tap that this bridge shall find it behind.
+
+    switched: it is a bridge of Open vSwitch, which is given the frames as from the tap.
+    """
 
     nic: Nic
     iface: str
     tap: str | None = None
+    switched: bool = False
 
     @property
     def own(self) -> str:
@@ -60,21 +63,23 @@ class Places:
         return found._replace(nic=nic)
 
 
-def _place(iface: str) -> tuple[str, str | None]:
-    """The interface to send on, and the tap, for what a card is tied to."""
+def _place(iface: str) -> tuple[str, str | None, bool]:
+    """The interface to send on, the tap, and whether that is a port of Open vSwitch, for what a card is tied to."""
     if (lower := lower_of(iface)) and not _is_up(iface):
         # One that is up takes them there itself, and to the other macvtaps on it as well.
         _usable(lower)
-        return lower, None
+        return lower, None, False
     _usable(iface)
     if not _is_tap(iface):
-        return iface, None
+        return iface, None, False
     # A frame sent on the tap itself would go into the guest.
     bridge = _bridge_of(iface)
-    if bridge == iface:
-        return iface, None
-    _usable(bridge)
-    return bridge, iface
+    if bridge is not None:
+        _usable(bridge)
+        return bridge, iface, False
+    switch = _switch_of(iface)
+    # The internal port of such a switch can be a tap, too; the switch reads what is sent on it.
+    return (switch, iface, True) if switch != iface else (iface, None, False)
 
 
 def path_of(iface: str, name: str) -> str:
@@ -134,38 +139,33 @@ def _usable(iface: str) -> None:
         raise CannotDo(f"interface {iface} is down", f"ip link set {iface} up")
 
 
-def _bridge_of(tap: str) -> str:
+def _bridge_of(tap: str) -> str | None:
+    """A bridge of Linux."""
+    master = _master(tap)
+    return master if master and os.path.isdir(path_of(master, "bridge")) else None
+
+
+def _switch_of(tap: str) -> str:
+    """A bridge of Open vSwitch; CannotDo where there is none."""
+    from . import openvswitch
+
+    if switch := openvswitch.bridge_of(tap):
+        return switch
     hint = "name the bridge or the uplink by hand: vm-announce MAC IFACE [IP...]"
     master = _master(tap)
-    if master and os.path.isdir(path_of(master, "bridge")):
-        return master
-    # A switch of Open vSwitch has no master, or one that is the same for all its bridges.
-    if switch := _open_vswitch(tap):
-        return switch
     if master is None:
         raise CannotDo(f"tap {tap} is in no bridge, and a frame sent on it would go into the guest", hint)
     raise CannotDo(f"tap {tap} is in {master}, which is no bridge of Linux", hint)
 
 
-def _open_vswitch(tap: str) -> str | None:
-    """The bridge of Open vSwitch that has this port, or is this interface itself; its internal port has its name."""
-    import shutil
-    import subprocess
+def send(sender: socket.socket, place: Target, frame: bytes) -> None:
+    """One frame of a card to the network; OSError."""
+    if place.switched and place.tap:
+        from . import openvswitch
 
-    tool = shutil.which("ovs-vsctl", path=f"{os.environ.get('PATH', '')}:{TOOLS}")
-    if not tool:
-        return None
-
-    def ask(*words: str) -> str | None:
-        try:
-            command = [tool, f"--timeout={OVS_PATIENCE}", *words]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        return None if done.returncode else done.stdout.strip()
-
-    # Without the kernel's datapath a switch reads what is sent on its internal port, which is a tap then.
-    return tap if ask("br-exists", tap) is not None else ask("iface-to-br", tap)
+        openvswitch.send(place.iface, place.tap, frame)
+    else:
+        sender.sendto(frame, (place.iface, ethertype(frame)))
 
 
 def steer(place: Target) -> str | None:
@@ -173,7 +173,7 @@ def steer(place: Target) -> str | None:
 
     Without it the bridge goes on sending to the port where the card was before, until the guest sends a frame.
     """
-    if place.tap is None or _master(place.tap) is None:
+    if place.tap is None or place.switched or _master(place.tap) is None:
         return None
     try:
         netlink.move_entry(packed(place.nic.mac), socket.if_nametoindex(place.tap))

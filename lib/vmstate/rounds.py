@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .finding import Found
-from .frames import Frame, ethertype, of_addresses, of_card
+from .frames import Frame, of_addresses, of_card
 from .listening import Ear
+from .places import send
 
 
 class Item:
@@ -118,7 +119,7 @@ class Rounds:
     def _send(self, item: Item) -> Iterator[Event]:
         try:
             for frame in item.frames:
-                self._sender.sendto(frame.data, (item.place.iface, ethertype(frame.data)))
+                send(self._sender, item.place, frame.data)
                 item.sent += 1
                 if self._each:
                     yield Sent(item, frame, item.done, (time.monotonic() - item.start) * 1000)
@@ -137,6 +138,9 @@ class Witnesses:
 
     def expect(self, item: Item) -> None:
         iface = item.place.iface
+        if item.place.switched:
+            # They leave by ports of the switch, not by this interface.
+            return
         ear = self._ears.get(iface)
         if not ear or not ear.is_there():
             try:
@@ -154,6 +158,8 @@ class Witnesses:
     def count(self, item: Item) -> int | None:
         """How many of its frames have left; it is not expected any longer."""
         iface = item.place.iface
+        if item.place.switched:
+            return None
         self.look(iface)
         total = 0
         for frame in item.frames:

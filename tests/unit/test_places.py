@@ -4,7 +4,7 @@ import os
 import socket
 
 import pytest
-from vmstate import netlink, places
+from vmstate import netlink, openvswitch, places
 from vmstate.errors import CannotDo
 from vmstate.nics import Nic
 
@@ -40,7 +40,7 @@ def system(tmp_path, monkeypatch):
 
     monkeypatch.setattr(places, "SYS", str(tmp_path))
     # No Open vSwitch either.
-    monkeypatch.setattr(places, "TOOLS", "/nowhere")
+    monkeypatch.setattr(openvswitch, "TOOLS", "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(places.socket, "if_nametoindex", index)
     return add

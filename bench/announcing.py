@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from lab import Events, Lab, outcome, tell
 from measure import Row, end
 from moves import DOWNTIME_MS, PORT, RATE, Crashed, Pair, Traveller, hear, listening, turn
 from net.hosts import ADDRESS, GUEST
+from net.wires import waits
 from publish import ANNOUNCE_LIMIT
 from vm import MAC, Guest, until
 
@@ -130,19 +130,12 @@ def waiting(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A command that stands still until it is given a line."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
-        until(lambda: "poll" in wait_channel(process.pid), 20, f"{command!r} waits for a line")
+        until(lambda: waits(process.pid), 20, f"{command!r} waits for a line")
         yield process
     finally:
         end(process)
         if process.stdin:
             process.stdin.close()
-
-
-def wait_channel(pid: int) -> str:
-    """Where in the kernel a process waits; `ip netns exec` has become the command by then."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/wchan").read_text()
-    return ""
 
 
 def give(process: subprocess.Popen[bytes], line: str) -> None:

@@ -72,11 +72,14 @@ class Finder:
         Thread(target=self._work, args=(self._waiting.popleft(),), daemon=True).start()
 
     def _work(self, places: Sequence[Target]) -> None:
+        found: list[Found] = []
         try:
             found = list(find(places, self._ask()))
-        except OSError:
-            found = []
-        self._put(found)
+        except (OSError, ValueError) as error:
+            self._put(f"nothing could be looked up: {error}")
+        finally:
+            # Whatever happened: somebody waits for it.
+            self._put(found)
 
     def _put(self, what: "list[Found] | str") -> None:
         self._done.append(what)

@@ -30,6 +30,7 @@ from net.wires import (
     learned,
     of,
     until,
+    waits,
 )
 
 pytestmark = pytest.mark.root
@@ -370,20 +371,11 @@ def test_the_first_frame_is_there_at_once(place):
         forwards(host, "tap0")
         for _ in range(7):
             with running(host, "--rounds", "1") as process:
-                assert process.stdin.fileno()
-                # It waits once it is in poll(2).
                 until(lambda pid=process.pid: waits(pid), "it waits for a line")
                 taken.append(first_frame(lan, process, f"{ONE} tap0 192.0.2.7\n"))
                 process.stdin.close()
                 assert process.wait(WAIT) == 0
     assert sorted(taken)[len(taken) // 2] < 0.005, taken
-
-
-def waits(pid):
-    """Whether the command below `ip netns exec`, which becomes it, waits for what happens."""
-    with contextlib.suppress(OSError):
-        return "poll" in open(f"/proc/{pid}/wchan").read()
-    return False
 
 
 def test_nothing_slow_comes_before_the_first_frame(place):
@@ -589,6 +581,7 @@ def test_doubts(place, setting, words):
         (("--follow", ONE, "br0"), "--follow does not go with MAC IFACE"),
         (("--guest", "a.qmp", "b.qmp"), "--guest does not go with GUEST"),
         (("--list", "--until-heard", ONE, "br0"), "--until-heard does not go with --list"),
+        (("--check", "--follow"), "--follow does not go with --check"),
         ((ONE,), f"expected IFACE behind {ONE}"),
         (("--self",), "no guest given"),
     ],

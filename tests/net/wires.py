@@ -68,6 +68,19 @@ def until(check, what, wait=WAIT):
         time.sleep(0.02)
 
 
+def waits(pid):
+    """Whether a command has nothing to do; `ip netns exec` has become the command by then."""
+
+    def stat():
+        # State, and the time that it has used; behind its name, which may hold anything.
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return words[0], words[11:13]
+
+    before = stat()
+    time.sleep(0.2)
+    return before == stat() and before[0] == "S"
+
+
 class Namespace:
     def __init__(self, name):
         self.name = name

@@ -97,7 +97,7 @@ Speaker = Callable[[], object]
 @contextlib.contextmanager
 def by_us(traveller: Traveller) -> Iterator[Speaker]:
     """As at the end of a pipeline: it waits for the line, which comes as soon as the guest runs."""
-    with waiting(traveller.pair.on(traveller.next, "vm-announce", "--as-is")) as process:
+    with waiting(traveller.pair.on(traveller.next, "vm-announce")) as process:
         yield lambda: give(process, f"{MAC} tap0 {GUEST}\n")
         process.wait(30)
     if process.returncode:
@@ -191,7 +191,7 @@ def first_frame(pair: Pair) -> float:
     """Seconds from a line to the first frame of it, by a command that waits for lines."""
     with (
         listening(pair.on("S", sys.executable, "-c", WATCHER, "vA", MAC), "ready") as watcher,
-        waiting(pair.on("A", "vm-announce", "--as-is", "--rounds", "1")) as process,
+        waiting(pair.on("A", "vm-announce", "--rounds", "1")) as process,
     ):
         begun = time.time()
         give(process, f"{MAC} br0 {GUEST}\n")

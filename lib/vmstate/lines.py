@@ -1,6 +1,7 @@
 """NIC lines from a descriptor, each as soon as it has come."""
 
 import os
+import stat
 from collections.abc import Iterator
 
 from .errors import Damaged
@@ -47,5 +48,5 @@ class Lines:
 
 def hold_open(fd: int) -> None:
     """A FIFO with a name ends for its reader whenever a writer leaves; not where the reader could write as well."""
-    if os.readlink(f"/proc/self/fd/{fd}").startswith("/"):
+    if stat.S_ISFIFO(os.fstat(fd).st_mode) and os.readlink(f"/proc/self/fd/{fd}").startswith("/"):
         os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -71,6 +71,18 @@ def test_a_fifo_is_held_open(tmp_path):
     os.close(source)
 
 
+def test_a_file_is_read_to_its_end(tmp_path):
+    (tmp_path / "lines").write_text(f"{ONE} br0\n")
+    with open(tmp_path / "lines", "rb") as source:
+        before = os.listdir("/proc/self/fd")
+        hold_open(source.fileno())
+        assert os.listdir("/proc/self/fd") == before
+        lines = Lines(source.fileno())
+        assert list(lines.read()) == [Nic(ONE, "br0")]
+        assert list(lines.read()) == []
+    assert not lines.open
+
+
 def test_a_plain_pipe_still_ends():
     source, sink = os.pipe()
     hold_open(source)

@@ -103,26 +103,27 @@ def _ways_out(place: Target, links: dict[str, dict[str, Any]]) -> Iterator[Findi
 def _sysctls(place: Target) -> Iterator[Finding]:
     """What a peer that is set as this host would make of it."""
     iface = place.iface
-    if _sysctl("ipv4", iface, "drop_gratuitous_arp"):
-        text = (
-            f"this host drops gratuitous ARP on {iface} (drop_gratuitous_arp); peers set like it keep a stale address"
-        )
-        yield Finding(True, text, f"sysctl net.ipv4.conf.{iface}.drop_gratuitous_arp=0")
-    elif _sysctl("ipv4", iface, "arp_accept"):
-        yield Finding(
-            False, f"a peer set like this host takes the IPv4 address, known or not (arp_accept of {iface} is on)"
-        )
-    else:
-        text = (
-            "a peer set like this host corrects the IPv4 address that it knows, and learns none that it does not know"
-        )
-        yield Finding(False, f"{text} (arp_accept of {iface} is 0); it asks when it needs that")
+    yield _ipv4(iface)
     if _sysctl("ipv6", iface, "drop_unsolicited_na"):
         text = f"this host drops unsolicited advertisements on {iface}; peers set like it keep a stale address"
         yield Finding(True, text, f"sysctl net.ipv6.conf.{iface}.drop_unsolicited_na=0")
     notify = "announces" if _sysctl("ipv4", iface, "arp_notify") else "does not announce"
     text = f"the kernel {notify} this host's own addresses when {iface} comes up (arp_notify)"
     yield Finding(False, f"{text}; for a guest's it does nothing, unless the guest has it set inside")
+
+
+def _ipv4(iface: str) -> Finding:
+    if _sysctl("ipv4", iface, "drop_gratuitous_arp"):
+        text = (
+            f"this host drops gratuitous ARP on {iface} (drop_gratuitous_arp); peers set like it keep a stale address"
+        )
+        return Finding(True, text, f"sysctl net.ipv4.conf.{iface}.drop_gratuitous_arp=0")
+    if _sysctl("ipv4", iface, "arp_accept"):
+        return Finding(
+            False, f"a peer set like this host takes the IPv4 address, known or not (arp_accept of {iface} is on)"
+        )
+    text = "a peer set like this host corrects the IPv4 address that it knows, and learns none that it does not know"
+    return Finding(False, f"{text} (arp_accept of {iface} is 0); it asks when it needs that")
 
 
 def _sysctl(family: str, iface: str, name: str) -> int:

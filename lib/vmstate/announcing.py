@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .announce import packet_socket
 from .errors import CannotDo, Damaged
-from .finding import LINE, QEMU, TRAFFIC, Finder, Found
+from .finding import LINE, QEMU, TRAFFIC, Finder, Found, Silent
 from .frames import packed
 from .lines import Lines
 from .listening import Ear, Seen, address_told, is_for
@@ -69,12 +69,6 @@ class Heard(NamedTuple):
 
     item: Item
     ms: float
-
-
-class Silent(NamedTuple):
-    """The guest, its agent or an interface tells nothing."""
-
-    reason: str
 
 
 Happening = Event | Bad | Nowhere | Placed | Heard | Silent
@@ -200,9 +194,9 @@ class Announcer:
             self._finder.look(self._new)
         self._new = []
 
-    def _use(self, found: list[Found] | str) -> Iterator[Happening]:
-        if isinstance(found, str):
-            yield Silent(found)
+    def _use(self, found: list[Found] | Silent) -> Iterator[Happening]:
+        if isinstance(found, Silent):
+            yield found
             return
         for one in found:
             # Whoever names a VLAN knows in which one the card is.

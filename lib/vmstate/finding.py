@@ -32,6 +32,13 @@ class Found(NamedTuple):
     fresh: bool = True
 
 
+class Silent(NamedTuple):
+    """Somebody who was asked tells nothing.  serious: who had been named for that, and not just tried."""
+
+    reason: str
+    serious: bool = True
+
+
 class Finder:
     """Looks up in a thread, one job at a time; `fileno` is readable when `take` has something.
 
@@ -42,7 +49,7 @@ class Finder:
         self._guest = guest
         self._told = told
         self._waiting: deque[Sequence[Target]] = deque()
-        self._done: deque[list[Found] | str] = deque()
+        self._done: deque[list[Found] | Silent] = deque()
         self._wake, self._waker = os.pipe()
         self.jobs = 0
 
@@ -55,11 +62,11 @@ class Finder:
         if self.jobs == 1:
             self._start()
 
-    def take(self) -> list[Found] | str:
-        """What was found; or, as text, why the guest tells nothing.  Waits where nothing was."""
+    def take(self) -> list[Found] | Silent:
+        """What was found; or that somebody tells nothing.  Waits where nothing was found yet."""
         os.read(self._wake, 1)
         found = self._done.popleft()
-        if not isinstance(found, str):
+        if not isinstance(found, Silent):
             self.jobs -= 1
             if self.jobs:
                 self._start()
@@ -76,12 +83,12 @@ class Finder:
         try:
             found = list(find(places, self._ask()))
         except (OSError, ValueError) as error:
-            self._put(f"nothing could be looked up: {error}")
+            self._put(Silent(f"nothing could be looked up: {error}"))
         finally:
             # Whatever happened: somebody waits for it.
             self._put(found)
 
-    def _put(self, what: "list[Found] | str") -> None:
+    def _put(self, what: "list[Found] | Silent") -> None:
         self._done.append(what)
         os.write(self._waker, b"\0")
 
@@ -93,11 +100,11 @@ class Finder:
             try:
                 self._told = ask(self._guest)
             except VmstateError as error:
-                self._put(str(error))
+                self._put(Silent(str(error)))
                 self._guest = None
             else:
                 if self._told.silent:
-                    self._put(self._told.silent)
+                    self._put(Silent(self._told.silent, False))
         return self._told
 
 

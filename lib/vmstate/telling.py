@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .announcing import Bad, Happening, Heard, Nowhere, Placed, Silent
+from .announcing import Bad, Happening, Heard, Nowhere, Placed
 from .errors import CannotDo, Damaged
+from .finding import Silent
 from .places import Target, lower_of
 from .report import Report
 from .rounds import Item, Missed, Over, Sent
@@ -52,7 +53,7 @@ class Teller:
             case Bad():
                 self._fail(what.error, "lines are no NIC lines")
             case Silent():
-                self._report.note(what.reason)
+                (self._report.warning if what.serious else self._report.note)(what.reason)
 
     def end(self) -> None:
         """What can only be said when all is over."""

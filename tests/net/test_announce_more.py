@@ -167,13 +167,14 @@ def test_a_list_says_what_was_learned(place):
 @pytest.mark.guest
 def test_the_cards_of_a_guest(place, qemu, tmp_path):
     host, lan = place
-    host.ip(f"neigh replace 192.0.2.7 lladdr {ONE} dev br0 nud stale")
     card = ("-netdev", "tap,id=n,ifname=tap0,script=no,downscript=no")
     card += ("-device", f"virtio-net-pci,netdev=n,mac={ONE},romfile=", "-nic", f"user,model=e1000,mac={TWO}")
     card += ("-qmp", f"unix:{tmp_path}/a.qmp,server,nowait")
     qemu(*card, before=host.command())
     host.ip("link set tap0 master br0 up")
     forwards(host, "tap0")
+    # Only now: a new port can change the bridge's own address, with which its neighbours go.
+    host.ip(f"neigh replace 192.0.2.7 lladdr {ONE} dev br0 nud stale")
     with lan.listening("wire", "lan0") as seen:
         done = host.announce("-v", *FAST, *ONCE, f"{tmp_path}/a.qmp")
         assert host.announce(*ONCE, "--guest", f"{tmp_path}/a.qmp", stdin=f"{ONE} tap0\n").returncode == 0
@@ -182,9 +183,9 @@ def test_the_cards_of_a_guest(place, qemu, tmp_path):
     assert f"warning: the guest at {tmp_path}/a.qmp is 'prelaunch'" in done.stderr
     assert "note: the guest has no port for an agent" in done.stderr
     assert seen == of(Nic(ONE, "tap0", ("192.0.2.7",))) * 2
-    done = host.announce("-v", *ONCE, "--guest", "nowhere.qmp", stdin=f"{ONE} tap0\n")
+    done = host.announce(*ONCE, "--guest", "nowhere.qmp", stdin=f"{ONE} tap0\n")
     assert (done.returncode, done.stdout) == (0, "")
-    assert "note: no guest at nowhere.qmp" in done.stderr
+    assert "warning: no guest at nowhere.qmp" in done.stderr
     assert host.announce(*ONCE, "nowhere.qmp").returncode == 1
 
 

@@ -71,6 +71,8 @@ def test_a_finder_works_beside(monkeypatch):
     place = Target(Nic(ONE, "br0"), "br0")
     finder.look([place])
     assert finder.jobs == 1
-    assert "no guest at nowhere.qmp" in finder.take()
+    silent = finder.take()
+    assert silent.serious
+    assert "no guest at nowhere.qmp" in silent.reason
     assert finder.take() == [Found(place, {"192.0.2.9": NEIGHBOURS}, fresh=False)]
     assert finder.jobs == 0

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from announcing import ANNOUNCING
 from lab import Events, Lab, judge_state, load, migrate, outcome
 from lazily import clones, lazy
 from measure import SINK, Row, busy, interleave, peak, pipeline, same
@@ -353,3 +354,6 @@ CASES: dict[str, Callable[[Lab], Iterator[Row]]] = {
     case.__name__: case
     for case in (start, dump, pause, compress, packed, restore, lazy, clones, filters, verify, memory, encrypt)
 } | MOVES
+CASES |= ANNOUNCING
+# Only root can make the hosts of these.
+OF_ROOT = {*MOVES, *ANNOUNCING}

@@ -20,6 +20,10 @@ _vmstate()
             words='pgp classic tofu tofu+pgp direct always auto' ;;
         --home)
             COMPREPLY=($(compgen -d -- "$current")); return ;;
+        --netns)
+            words=$(ls /run/netns 2>/dev/null) ;;
+        --on)
+            words=$(ls /sys/class/net 2>/dev/null) ;;
         -o|--output|--passphrase-file|--log)
             COMPREPLY=($(compgen -f -- "$current")); return ;;
         *)

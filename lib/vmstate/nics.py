@@ -7,14 +7,10 @@ This module does not talk to QEMU: it reads the answers of `info network` (HMP) 
 
 import contextlib
 import ipaddress
-import json
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import Damaged, WrongUsage
 
@@ -30,8 +26,7 @@ _CLIENT = re.compile(r"(?:.*: )?(?P<name>\S+): index=(?P<queue>\d+),type=(?P<typ
 _PEER = " \\ "
 
 
-@dataclass(frozen=True)
-class Nic:
+class Nic(NamedTuple):
     """A guest's card: `mac` as xx:xx:xx:xx:xx:xx in lower case, `iface` on the host, IPv4 and IPv6 `addresses`."""
 
     mac: str
@@ -86,6 +81,11 @@ def _mac(text: str) -> str:
     return mac
 
 
+def is_mac(text: str) -> bool:
+    """Whether a text is meant as an Ethernet address."""
+    return bool(_MAC.fullmatch(text.lower().replace("-", ":")))
+
+
 def _unicast(mac: str) -> bool:
     return not int(mac[:2], 16) & 1 and mac != "00:00:00:00:00:00"
 
@@ -108,13 +108,20 @@ def _address(text: str) -> str:
     return str(address)
 
 
+def announceable(text: str) -> bool:
+    """Whether a text is the address of one card, and could stand in a NIC line."""
+    try:
+        return "%" not in text and _announceable(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
 def _announceable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     useless = address.is_multicast or address.is_unspecified or address.is_loopback
     return not useless and str(address) != "255.255.255.255"
 
 
-@dataclass(frozen=True)
-class _Client:
+class _Client(NamedTuple):
     """One line of `info network`: a card, or what it is plugged into."""
 
     name: str
@@ -220,14 +227,45 @@ def _macvtap(path: str) -> str | None:
 
 def neighbours() -> dict[str, tuple[str, ...]]:
     """MAC -> addresses by the host's neighbour table; empty where it cannot be read."""
-    tool = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:{TOOLS}")
+    return from_neighbours(_told("ip", "-j", "neigh", "show"))
+
+
+def learned() -> dict[str, tuple[str, ...]]:
+    """Port of a bridge -> the MACs that it has learned there; empty where that cannot be read."""
+    return from_forwarding(_told("bridge", "-j", "fdb", "show"))
+
+
+def links() -> list[dict[str, Any]]:
+    """What `ip -d -j link show` tells of every interface; empty where it cannot be asked."""
+    return _told("ip", "-d", "-j", "link", "show")
+
+
+def _told(name: str, *words: str) -> list[dict[str, Any]]:
+    # Whoever only reads or writes lines needs none of these, and is under way the sooner.
+    import json
+    import shutil
+    import subprocess
+
+    tool = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{TOOLS}")
     if not tool:
-        return {}
+        return []
     try:
-        answer = subprocess.run([tool, "-j", "neigh", "show"], capture_output=True, timeout=5, check=True)
-        return from_neighbours(json.loads(answer.stdout or b"[]"))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return {}
+        answer = subprocess.run([tool, *words], capture_output=True, timeout=5, check=True)
+        return list(json.loads(answer.stdout or b"[]"))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
+        return []
+
+
+def from_forwarding(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """The same from the answer of `bridge -j fdb show`."""
+    found: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        mac = str(entry.get("mac", "")).lower()
+        # What a person or the kernel has set: a port's own address, groups.
+        by_hand = entry.get("state") in ("permanent", "static") or "self" in entry.get("flags", ())
+        if not by_hand and _MAC.fullmatch(mac) and _unicast(mac):
+            found.setdefault(str(entry.get("ifname")), {})[mac] = None
+    return {port: tuple(macs) for port, macs in found.items()}
 
 
 def from_neighbours(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[str, ...]]:

@@ -1,10 +1,5 @@
-"""vm-announce on real bridges, taps and macvtaps, each test in namespaces of its own.
+"""vm-announce on real bridges, taps and macvtaps, each test in namespaces of its own (see wires)."""
 
-host: tap0 -- br0 -- up0 ======== lan0 :lan
-"""
-
-import contextlib
-import itertools
 import json
 import os
 import pty
@@ -12,147 +7,33 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from vmstate import announce, nics
+from vmstate import nics
 from vmstate.nics import Nic
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, str(ROOT / "bin/vm-announce")]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
-ONE, TWO = "52:54:00:12:34:56", "52:54:00:12:34:57"
-WAIT = 20
-FAST = ("--initial", "5", "--step", "5")
-ROUNDS = 5
+from net import wires
+from net.wires import (
+    COMMAND,
+    ENVIRONMENT,
+    FAST,
+    NO_CAPABILITY,
+    ONE,
+    ONLY_RAW,
+    ROOT,
+    ROUNDS,
+    TWO,
+    WAIT,
+    add_tap,
+    entry_of,
+    forwards,
+    learned,
+    of,
+    sh,
+    until,
+)
 
-# Opens an interface as a guest or a sniffer would, says so, and prints frames from or to our cards until told to end.
-LISTENER = """
-import fcntl, os, select, socket, struct, sys
-kind, name = sys.argv[1:]
-if kind == "tap":
-    fd = os.open("/dev/net/tun", os.O_RDWR)
-    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x1002))
-else:
-    sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-    sniffer.bind((name, 0))
-    fd = sniffer.fileno()
-print("ready", flush=True)
-ended = False
-while True:
-    ready = select.select([0, fd], [], [], 0.3 if ended else None)[0]
-    if fd in ready:
-        frame = os.read(fd, 65536)
-        if "5254001234" in (frame[0:5].hex(), frame[6:11].hex()):
-            print(frame.hex(), flush=True)
-    elif ended:
-        break
-    elif 0 in ready:
-        ended = True
-"""
-
-
-def sh(*command, **more):
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=WAIT, **more).stdout
-
-
-def until(check, what, wait=WAIT):
-    end = time.monotonic() + wait
-    while not check():
-        assert time.monotonic() < end, f"in vain: {what}"
-        time.sleep(0.02)
-
-
-class Namespace:
-    def __init__(self, name):
-        self.name = name
-
-    def command(self, *command):
-        return ["ip", "netns", "exec", self.name, *command]
-
-    def sh(self, *command):
-        return sh(*self.command(*command))
-
-    def ip(self, text):
-        return sh("ip", "-n", self.name, *text.split())
-
-    def announce(self, *arguments, stdin="", before=()):
-        command = self.command(*before, *COMMAND, *arguments)
-        return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=WAIT, env=ENVIRONMENT)
-
-    @contextlib.contextmanager
-    def listening(self, kind, name):
-        """A list that holds, once the block is left, the frames of our cards that came by."""
-        command = self.command(sys.executable, "-c", LISTENER, kind, name)
-        frames = []
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout.readline() == "ready\n"
-                yield frames
-                told, _ = process.communicate("", timeout=WAIT)
-                frames += map(bytes.fromhex, told.split())
-            finally:
-                process.kill()
-
-
-NUMBERS = itertools.count()
-
-
-@pytest.fixture
-def namespaces():
-    """A function that makes namespaces; they are gone afterwards, whatever happened."""
-    made = []
-
-    def make():
-        name = f"vm-announce-{os.getpid()}-{next(NUMBERS)}"
-        made.append(name)
-        sh("ip", "netns", "add", name)
-        sh("ip", "-n", name, "link", "set", "lo", "up")
-        return Namespace(name)
-
-    try:
-        yield make
-    finally:
-        for name in made:
-            subprocess.run(["ip", "netns", "del", name], timeout=WAIT, capture_output=True)
-
-
-@pytest.fixture
-def place(namespaces):
-    """Two namespaces: a host with a bridge and its uplink, and the network behind that."""
-    host, lan = namespaces(), namespaces()
-    # The host's own router solicitations would mix with what is counted here.
-    host.sh("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
-    host.ip(f"link add up0 type veth peer name lan0 netns {lan.name}")
-    for text in ("link add name br0 type bridge", "link set up0 master br0", "link set br0 up", "link set up0 up"):
-        host.ip(text)
-    for text in ("addr add 192.0.2.1/24 dev lan0", "addr add 2001:db8::1/64 dev lan0 nodad", "link set lan0 up"):
-        lan.ip(text)
-    return host, lan
-
-
-def add_tap(host, master="br0"):
-    host.ip("tuntap add tap0 mode tap")
-    if master:
-        host.ip(f"link set tap0 master {master}")
-    host.ip("link set tap0 up")
-
-
-def entry_of(host, mac):
-    """The ports that the bridge has for this card."""
-    entries = json.loads(host.sh("bridge", "-j", "fdb", "show", "br", "br0"))
-    return [entry["ifname"] for entry in entries if entry["mac"] == mac]
-
-
-def learned(host, mac, port):
-    """As if the card had been behind this port until now."""
-    host.sh("bridge", "fdb", "replace", mac, "dev", port, "master", "dynamic")
-    assert entry_of(host, mac) == [port]
-
-
-def forwards(host, port):
-    """A port forwards a moment after its tap was opened."""
-    until(lambda: "state forwarding" in host.ip(f"-d link show {port}"), f"{port} forwards")
+namespaces, place, qemu = wires.namespaces, wires.place, wires.qemu
 
 
 @pytest.mark.root
@@ -167,7 +48,7 @@ def test_a_tap_is_announced_on_its_bridge(place):
         assert time.monotonic() - start >= 0.8
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert entry_of(host, ONE) == ["tap0"]
-    assert seen == announce.frames(Nic(ONE, "tap0", ("192.0.2.7", "2001:db8::7"))) * ROUNDS
+    assert seen == of(Nic(ONE, "tap0", ("192.0.2.7", "2001:db8::7"))) * ROUNDS
 
 
 @pytest.mark.root
@@ -193,7 +74,7 @@ def test_all_cards_in_the_same_rounds(place):
     with lan.listening("wire", "lan0") as seen:
         lines = f"{ONE} br0 192.0.2.7\n52:54:00:00:00:01 -\n{TWO} up0\n"
         assert host.announce("--rounds", "3", *FAST, stdin=lines).returncode == 0
-    assert seen == (announce.frames(Nic(ONE, "br0", ("192.0.2.7",))) + announce.frames(Nic(TWO, "up0"))) * 3
+    assert seen == (of(Nic(ONE, "br0", ("192.0.2.7",))) + of(Nic(TWO, "up0"))) * 3
 
 
 @pytest.mark.root
@@ -222,7 +103,7 @@ def test_macvtap(namespaces, tmp_path):
         # The kernel has router solicitations and reports of its own to send.
         assert host.announce(*FAST, "--rounds", "2", TWO, "mv0", "192.0.2.7").returncode == 0
     frames = [frame for frame in seen if frame[6:12] == bytes.fromhex(TWO.replace(":", ""))]
-    assert frames == announce.frames(Nic(TWO, "mv0", ("192.0.2.7",))) * 2
+    assert frames == of(Nic(TWO, "mv0", ("192.0.2.7",))) * 2
 
 
 @pytest.mark.root
@@ -257,10 +138,6 @@ def test_nothing_to_announce(place):
         done = host.announce("-v", ONE, "-")
         assert done.stderr == f"vm-announce: note: {ONE} has no interface on this host\n"
     assert seen == []
-
-
-NO_CAPABILITY = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--")
-ONLY_RAW = ("setpriv", "--bounding-set=-all,+net_raw", "--inh-caps=-all,+net_raw", "--")
 
 
 @pytest.mark.root
@@ -298,8 +175,8 @@ def test_with_only_the_one_capability(place):
     assert "Operation not permitted" in warning
     assert hint.startswith("vm-announce: hint: it needs CAP_NET_ADMIN")
     assert len(quiet.stderr.splitlines()) == 1
-    both = announce.frames(Nic(ONE, "tap0")) + announce.frames(Nic(TWO, "tap0"))
-    assert seen == both * ROUNDS + announce.frames(Nic(ONE, "tap0"))
+    both = of(Nic(ONE, "tap0")) + of(Nic(TWO, "tap0"))
+    assert seen == both * ROUNDS + of(Nic(ONE, "tap0"))
 
 
 @pytest.mark.root
@@ -313,7 +190,7 @@ def test_as_another_user_with_the_capability(place):
     with lan.listening("wire", "lan0") as seen:
         assert host.announce(*FAST, ONE, "br0", before=able).returncode == 0
         assert host.announce(ONE, "br0", before=plain).returncode == 1
-    assert seen == announce.frames(Nic(ONE, "br0")) * ROUNDS
+    assert seen == of(Nic(ONE, "br0")) * ROUNDS
 
 
 @pytest.mark.root
@@ -334,7 +211,7 @@ def test_one_bad_card_keeps_no_other_back(place):
         "vm-announce: hint: ip link set down0 up",
         f"vm-announce: error: {ONE} is not announced: interface lo is no Ethernet: expected type 1, found 772",
     ]
-    assert seen == announce.frames(Nic(TWO, "br0")) * ROUNDS
+    assert seen == of(Nic(TWO, "br0")) * ROUNDS
 
 
 @pytest.mark.root
@@ -352,7 +229,7 @@ def test_an_interface_that_goes_away_is_told_once_it_matters(place):
         finally:
             process.kill()
     assert process.returncode == 0
-    assert told == f"vm-announce: warning: {ONE}: round 2 on br0: Network is down\n"
+    assert f"vm-announce: warning: {ONE}: round 2 on br0: Network is down\n" in told
 
 
 @pytest.mark.root
@@ -366,8 +243,11 @@ def test_saying_without_sending(place):
     assert seen == []
     assert (plain.returncode, plain.stderr) == (0, "")
     where = f"{ONE} is announced on br0, the bridge of tap0"
-    assert plain.stdout == f"{where}: RARP, ARP 192.0.2.7, ND 2001:db8::7; at 0 50 200 450 800 ms\n"
-    assert json.loads(as_json.stdout) == {
+    parts = "RARP (the line), ARP 192.0.2.7 (the line), ND 2001:db8::7 (the line)"
+    assert plain.stdout == f"{where}: {parts}; at 0 50 200 450 800 ms\n"
+    told = json.loads(as_json.stdout)
+    assert [bytes.fromhex(frame["bytes"]) for frame in told.pop("frames")] == of(Nic(ONE, "tap0", arguments[2:]))
+    assert told == {
         "vmstate": 1,
         "type": "announcement",
         "command": "vm-announce",
@@ -375,17 +255,26 @@ def test_saying_without_sending(place):
         "addresses": ["192.0.2.7", "2001:db8::7"],
         "iface": "br0",
         "tap": "tap0",
+        "vlan": [],
         "moments": [0, 50, 200, 450, 800],
     }
 
 
 @pytest.mark.root
 def test_json(place):
-    host, _ = place
-    done = host.announce("--json", *FAST, stdin=f"{ONE} br0\n{TWO} nowhere\n")
+    """An object for each frame as it is sent, and one for each card that counts what has left."""
+    host, lan = place
+    with lan.listening("wire", "lan0") as seen:
+        done = host.announce("--json", *FAST, stdin=f"{ONE} br0 192.0.2.7\n{TWO} nowhere\n")
     assert done.returncode == 1
-    told = json.loads(done.stdout)
-    assert (told["type"], told["mac"], told["iface"], told["tap"]) == ("announced", ONE, "br0", None)
+    *sent, over = map(json.loads, done.stdout.splitlines())
+    kinds = [("rarp", None), ("arp-request", "192.0.2.7"), ("arp-reply", "192.0.2.7")]
+    told = [(frame["type"], frame["frame"], frame["address"], frame["round"], frame["iface"]) for frame in sent]
+    assert told == [("frame", *kind, number, "br0") for number in range(1, ROUNDS + 1) for kind in kinds]
+    assert [frame["ms"] for frame in sent] == sorted(frame["ms"] for frame in sent)
+    assert (over["type"], over["mac"], over["iface"], over["tap"]) == ("announced", ONE, "br0", None)
+    assert (over["rounds"], over["sent"], over["left"]) == (ROUNDS, 15, 15)
+    assert len(seen) == 15
     assert json.loads(done.stderr)["status"] == 1
 
 
@@ -400,7 +289,7 @@ def run(*arguments, **more):
         ("03:00:00:00:00:01 br0\n", "line 1: expected the MAC address of one card, found '03:00:00:00:00:01'"),
         (f"{ONE} br0 192.0.2\n", "line 1: expected an IPv4 or IPv6 address, found '192.0.2'"),
         ("\x00\udcff" * 1000, "line 1: expected MAC IFACE [IP...], found '\\x00\\udcff"),
-        ("QEVM" * 300000, "expected NIC lines, at most 1048576 bytes of them, found more"),
+        ("QEVM" * 300000, "line 1: expected NIC lines, found one of more than 65536 bytes"),
     ],
 )
 def test_bad_lines(lines, words):
@@ -449,49 +338,6 @@ def test_synopsis_is_the_usage():
     assert synopsis == run("--help").stdout.decode().split("Usage:")[1].split("\n\n")[0].split()
 
 
-class Monitor:
-    """As much of QMP as is needed here."""
-
-    def __init__(self, path, process):
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(WAIT)
-        until(lambda: process.poll() is not None or not self._socket.connect_ex(str(path)), "QEMU answers")
-        assert process.poll() is None, "QEMU has ended"
-        self._file = self._socket.makefile("rwb")
-        self._file.readline()
-        self.ask("qmp_capabilities")
-
-    def ask(self, command, **arguments):
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        self._file.flush()
-        while "return" not in (answer := json.loads(self._file.readline())):
-            assert "event" in answer, answer
-        return answer["return"]
-
-    def close(self):
-        self._file.close()
-        self._socket.close()
-
-
-@pytest.fixture
-def qemu(tmp_path):
-    """A function that starts a QEMU that runs nothing; gives its process and its monitor."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments, before=(), **more):
-            path = tmp_path / f"{next(NUMBERS)}.qmp"
-            command = [*before, "qemu-system-x86_64", "-accel", "tcg", "-S", "-display", "none", "-m", "32", *arguments]
-            command += ["-nodefaults", "-qmp", f"unix:{path},server,nowait"]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **more)
-            stack.callback(process.wait, WAIT)
-            stack.callback(process.kill)
-            monitor = Monitor(path, process)
-            stack.callback(monitor.close)
-            return process, monitor
-
-        yield start
-
-
 @pytest.mark.guest
 def test_qemu_announces_with_the_same_frame(qemu):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as wire:
@@ -503,7 +349,7 @@ def test_qemu_announces_with_the_same_frame(qemu):
         monitor.ask("cont")
         monitor.ask("announce-self", initial=5, max=10, rounds=3, step=5)
         frames = [wire.recv(2048) for _ in range(3)]
-    assert frames == announce.frames(Nic(ONE, "br0")) * 3
+    assert frames == of(Nic(ONE, "br0")) * 3
 
 
 @pytest.mark.guest

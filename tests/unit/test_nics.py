@@ -251,3 +251,25 @@ def test_without_the_tool_there_are_no_neighbours(monkeypatch):
     monkeypatch.setattr(nics, "TOOLS", "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
     assert nics.neighbours() == {}
+
+
+def test_what_a_bridge_has_learned():
+    entries = [
+        {"mac": ONE.upper(), "ifname": "tap0", "master": "br0", "flags": [], "state": ""},
+        {"mac": TWO, "ifname": "tap0", "vlan": 10, "master": "br0", "flags": [], "state": ""},
+        {"mac": TWO, "ifname": "tap0", "vlan": 20, "master": "br0", "flags": [], "state": ""},
+        {"mac": "fe:54:00:12:34:56", "ifname": "tap0", "master": "br0", "flags": [], "state": "permanent"},
+        {"mac": "33:33:00:00:00:01", "ifname": "tap0", "flags": ["self"], "state": "permanent"},
+        {"mac": "52:54:00:12:34:58", "ifname": "up0", "flags": ["self"], "state": ""},
+        {"mac": "52:54:00:12:34:59", "ifname": "up0", "master": "br0", "flags": [], "state": "stale"},
+        {"mac": "nonsense", "ifname": "up0", "master": "br0"},
+    ]
+    assert nics.from_forwarding(entries) == {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:59",)}
+
+
+def test_what_an_address_and_a_mac_look_like():
+    assert nics.announceable("192.0.2.7") and nics.announceable("fe80::1")
+    for text in ("", "fe80::1%eth0", "224.0.0.1", "127.0.0.1", "192.0.2.7/24", "x"):
+        assert not nics.announceable(text)
+    assert nics.is_mac(ONE) and nics.is_mac("52-54-00-AB-CD-EF")
+    assert not nics.is_mac("a.qmp")

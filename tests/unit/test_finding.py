@@ -1,0 +1,78 @@
+"""What is looked up beyond a line, and in which order it counts."""
+
+from vmstate import asking, finding, nics
+from vmstate.asking import Told
+from vmstate.finding import AGENT, FILTER, FORWARDING, NEIGHBOURS, Found
+from vmstate.nics import Nic
+from vmstate.places import Target
+
+ONE, TWO, THREE = "52:54:00:12:34:56", "52:54:00:12:34:57", "52:54:00:12:34:58"
+
+
+def told(**values):
+    return Told(
+        **{"nics": [], "further": {}, "vlans": {}, "addresses": {}, "silent": None, "state": "running", **values}
+    )
+
+
+def test_a_family_is_asked_for_only_once():
+    agent, neighbours = (AGENT, ("192.0.2.7", "192.0.2.8")), (NEIGHBOURS, ("192.0.2.9", "2001:db8::7"))
+    assert finding.further((), [agent, neighbours]) == {
+        "192.0.2.7": AGENT,
+        "192.0.2.8": AGENT,
+        "2001:db8::7": NEIGHBOURS,
+    }
+    assert finding.further(("192.0.2.1",), [agent, neighbours]) == {"2001:db8::7": NEIGHBOURS}
+    assert finding.further(("192.0.2.1", "fe80::1"), [agent, neighbours]) == {}
+
+
+def test_the_order_of_the_sources(monkeypatch):
+    monkeypatch.setattr(nics, "neighbours", lambda: {ONE: ("192.0.2.9",), THREE: ("2001:db8::3",)})
+    monkeypatch.setattr(nics, "learned", lambda: {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:99",)})
+    place = Target(Nic(ONE, "tap0", ("2001:db8::1",)), "br0", "tap0")
+    known = told(further={ONE: (THREE, TWO)}, vlans={ONE: (10, 20)}, addresses={ONE: ("192.0.2.7",)})
+    assert list(finding.find([place], known)) == [
+        Found(place, {"192.0.2.7": AGENT}, fresh=False),
+        Found(place._replace(nic=Nic(TWO, "tap0")), {None: FILTER}),
+        Found(place._replace(nic=Nic(THREE, "tap0")), {None: FILTER, "2001:db8::3": NEIGHBOURS}),
+        Found(place, {None: FILTER}, (10,)),
+        Found(place, {None: FILTER}, (20,)),
+    ]
+    assert list(finding.find([place], None)) == [
+        Found(place, {"192.0.2.9": NEIGHBOURS}, fresh=False),
+        Found(place._replace(nic=Nic(TWO, "tap0")), {None: FORWARDING}),
+    ]
+
+
+def test_a_card_with_a_line_of_its_own_is_not_found_again(monkeypatch):
+    monkeypatch.setattr(nics, "neighbours", dict)
+    monkeypatch.setattr(nics, "learned", lambda: {"tap0": (ONE, TWO)})
+    places = [Target(Nic(mac, "tap0"), "br0", "tap0") for mac in (ONE, TWO)]
+    assert list(finding.find(places, None)) == []
+
+
+def entry(**values):
+    """As QEMU 7.2 answers `query-rx-filter` of a virtio card."""
+    plain = {"name": "net0", "main-mac": ONE, "vlan": "all", "vlan-table": [], "unicast-table": []}
+    return {**plain, **{name.replace("_", "-"): value for name, value in values.items()}}
+
+
+def test_the_filter_of_a_card():
+    assert asking.unicast(entry(unicast_table=[TWO.upper(), ONE, TWO])) == (TWO,)
+    assert asking.vlans(entry(vlan="normal", vlan_table=[20, 0, 10])) == (10, 20)
+    assert asking.vlans(entry(vlan="all", vlan_table=[20])) == ()
+    assert asking.vlans(entry(vlan="normal", vlan_table=list(range(4096)))) == ()
+    assert asking.unicast({"main-mac": ONE}) == asking.vlans({}) == ()
+
+
+def test_a_finder_works_beside(monkeypatch):
+    monkeypatch.setattr(nics, "neighbours", lambda: {ONE: ("192.0.2.9",)})
+    finder = finding.Finder("nowhere.qmp")
+    place = Target(Nic(ONE, "br0"), "br0")
+    finder.look([place])
+    assert finder.jobs == 1
+    silent = finder.take()
+    assert silent.serious
+    assert "no guest at nowhere.qmp" in silent.reason
+    assert finder.take() == [Found(place, {"192.0.2.9": NEIGHBOURS}, fresh=False)]
+    assert finder.jobs == 0

@@ -10,12 +10,11 @@ import os
 import select
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from . import guest, userfault
+from . import guest
 from .check import State
 from .command import no_more_signals, release_signals
 from .dump import Dump, sample
@@ -50,9 +49,6 @@ def possible(path: str) -> bool:
     with Monitor(path) as monitor:
         if guest.require_sendable(monitor, path).run not in ("running", "suspended"):
             return False
-        if not _over(monitor.pid()):
-            text = f"no snapshot of the guest at {path}: one before it was lost, and its QEMU is left with that"
-            raise NoSnapshot(text, OTHERWISE)
         try:
             guest.prepare(monitor, guest.SNAPSHOT, {}, found)
         except Refused as error:
@@ -60,17 +56,6 @@ def possible(path: str) -> bool:
             raise NoSnapshot(f"no snapshot of the guest at {path}: {error.text}", *hints, OTHERWISE) from error
         finally:
             found.put_back(monitor)
-    return True
-
-
-def _over(pid: int) -> bool:
-    """Whether QEMU has closed what it protected pages with before; True also where that cannot be seen."""
-    give_up = time.monotonic() + 2
-    with contextlib.suppress(OSError):
-        while userfault.descriptors(pid):
-            if time.monotonic() > give_up:
-                return False
-            time.sleep(0.02)
     return True
 
 

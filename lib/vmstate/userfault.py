@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from .errors import CannotDo, GuestGone
 
 # linux/userfaultfd.h, and the number of pidfd_getfd on every architecture
-UFFDIO_UNREGISTER, UFFDIO_COPY, UFFDIO_ZEROPAGE = 0x8010AA01, 0xC028AA03, 0xC020AA04
+UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_COPY, UFFDIO_ZEROPAGE = 0x8010AA01, 0x8010AA02, 0xC028AA03, 0xC020AA04
 SYS_PIDFD_GETFD = 438
 # In a word of /proc/PID/pagemap: in memory, or swapped out
 PRESENT = 3 << 62
@@ -87,7 +87,9 @@ class Userfault:
         """Let go of all that is protected from being written."""
         for start, end, flags in self._maps:
             if "uw" in flags:
-                self._ask(UFFDIO_UNREGISTER, struct.pack("2Q", start, end - start))
+                # Who waits for leave to write is not woken by the first alone.
+                for what in (UFFDIO_UNREGISTER, UFFDIO_WAKE):
+                    self._ask(what, struct.pack("2Q", start, end - start))
 
     def places(self, sizes: dict[bytes, int]) -> dict[bytes, int]:
         """Where in the process the blocks begin whose pages it waits for, of blocks with these sizes in bytes; without

@@ -20,7 +20,7 @@ EVERY = CASES | PACKED | MOVES
 @pytest.mark.parametrize(
     ("cases", "pictures"),
     [
-        pytest.param(CASES, {"speed.svg", "limits.svg"}, id="alone"),
+        pytest.param(CASES, {"speed.svg", "limits.svg", "pauses.svg"}, id="alone"),
         pytest.param(PACKED, {"speed.svg", "limits.svg", "lazy.svg", "asked.svg"}, id="packed"),
         pytest.param(MOVES, {"speed.svg", "limits.svg", "gaps.svg"}, id="moves", marks=pytest.mark.root),
     ],

@@ -53,6 +53,16 @@ def answers(two: Hosts, seconds: float = 1) -> bool:
     return two.sh("S", f"ping -c 1 -W {seconds} {GUEST}").status == 0
 
 
+def unreachable(two: Hosts) -> bool:
+    """Whether nobody gets through while the switch has it at the old place: in a second in which the guest does not
+    speak by itself, as it does when it asks for routers, or whether a neighbour is there still."""
+    for _ in range(8):
+        assert two.sh("S", f"bridge fdb replace {MAC} dev vA master dynamic").status == 0
+        if not answers(two):
+            return True
+    return False
+
+
 @pytest.fixture
 def guest(guests: Guests, two: Hosts) -> Iterator[Guest]:
     yield loaded(guests, two)
@@ -61,8 +71,7 @@ def guest(guests: Guests, two: Hosts) -> Iterator[Guest]:
 def test_one_round_has_the_network_find_it(guest: Guest, two: Hosts) -> None:
     """Nobody gets through before; afterwards its source, which keeps the state, is not where it is announced."""
     guest.cmd("cont")
-    assert port_of_the_switch(two) == "vA"
-    assert not answers(two)
+    assert unreachable(two)
     done = two.sh("B", f"vm-announce --rounds 1 {MAC} tap0 {GUEST}")
     assert (done.status, done.err) == (0, "")
     assert port_of_the_switch(two) == "vB"

@@ -5,6 +5,7 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 
 import errno
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -99,11 +100,15 @@ class Dump:
 
         return Checkpoint(self._plan.path, self._plan.disks)
 
+    @property
+    def _undo(self) -> Callable[[], None] | None:
+        """What the guard does about the disks, when we are gone."""
+        return partial(self._disks.undo, sure=True) if self._disks else None
+
     def _make_guard(self) -> Guard | None:
-        undo = partial(self._disks.undo, sure=True) if self._disks else None
         if isinstance(self._sink, Stage):
-            return Guard(self._plan.path, self._sink.group, self._sink.fd, undo=undo)
-        return Guard(self._plan.path, undo=undo) if self._plan.stop or undo else None
+            return Guard(self._plan.path, self._sink.group, self._sink.fd, undo=self._undo)
+        return Guard(self._plan.path, undo=self._undo) if self._plan.stop or self._undo else None
 
     def _send(self) -> State:
         watch = self._guard.watch if self._guard else lambda: None

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn
 
 from .stage import end_group
@@ -43,7 +44,7 @@ class Guard:
         sys.stderr.flush()
         self._child = os.fork()
         if self._child == 0:
-            _be_the_guard(theirs, path, group, held, snapshot, undo)
+            _be_the_guard(theirs, _Duty(path, group, held, snapshot, undo))
         os.close(theirs)
 
     def watch(self) -> None:
@@ -71,21 +72,25 @@ class Guard:
             os.waitpid(self._child, 0)
 
 
-def _be_the_guard(
-    control: int,
-    path: str,
-    group: int | None,
-    held: int | None,
-    snapshot: Drain | None,
-    undo: Callable[[], None] | None,
-) -> NoReturn:
+@dataclass
+class _Duty:
+    """What the child keeps in mind, as `Guard` was given it."""
+
+    path: str
+    group: int | None
+    held: int | None
+    snapshot: Drain | None
+    undo: Callable[[], None] | None
+
+
+def _be_the_guard(control: int, duty: _Duty) -> NoReturn:
     try:
         os.setsid()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        kept = {control, held if held is not None else control, snapshot[0] if snapshot else control}
-        _close_all_but(kept)
-        _guard(control, path, group, held, snapshot, undo)
+        kept = [control, duty.held, duty.snapshot and duty.snapshot[0]]
+        _close_all_but({fd for fd in kept if fd is not None})
+        _guard(control, duty)
     finally:
         os._exit(0)
 
@@ -98,14 +103,7 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(at, 4096)
 
 
-def _guard(
-    control: int,
-    path: str,
-    group: int | None,
-    held: int | None,
-    snapshot: Drain | None,
-    undo: Callable[[], None] | None,
-) -> None:
+def _guard(control: int, duty: _Duty) -> None:
     stopped = False
     while word := os.read(control, 1):
         if word == DONE:
@@ -113,26 +111,30 @@ def _guard(
         if word == WATCH:
             stopped = True
         if word == KEEP:
-            undo = None
-        if word == LET_GO and held is not None:
-            os.close(held)
-            held = None
-    if group is not None:
-        end_group(group)
-    if held is not None:
-        os.close(held)
+            duty.undo = None
+        if word == LET_GO:
+            _close_held(duty)
+    if duty.group is not None:
+        end_group(duty.group)
+    _close_held(duty)
     if stopped:
-        _put_back(path, snapshot, undo)
+        _put_back(duty)
 
 
-def _put_back(path: str, snapshot: Drain | None, undo: Callable[[], None] | None) -> None:
-    if snapshot:
-        _tidy(path, snapshot[1])
+def _close_held(duty: _Duty) -> None:
+    if duty.held is not None:
+        os.close(duty.held)
+    duty.held = None
+
+
+def _put_back(duty: _Duty) -> None:
+    if duty.snapshot:
+        _tidy(duty.path, duty.snapshot[1])
     # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
-    _run_on(path)
-    if undo:
+    _run_on(duty.path)
+    if duty.undo:
         with contextlib.suppress(Exception):
-            undo()
+            duty.undo()
 
 
 def _tidy(path: str, drain: Callable[[], None]) -> None:

@@ -11,7 +11,6 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from . import guest
@@ -87,8 +86,7 @@ class Snapshot(Dump):
     def _make_guard(self) -> Guard:
         held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
         ours = self._ours.fileno()
-        undo = partial(self._disks.undo, sure=True) if self._disks else None
-        return Guard(self._plan.path, *held, snapshot=(ours, lambda: drain(self._plan.path, ours)), undo=undo)
+        return Guard(self._plan.path, *held, snapshot=(ours, lambda: drain(self._plan.path, ours)), undo=self._undo)
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()

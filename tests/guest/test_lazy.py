@@ -480,14 +480,20 @@ def ends_unless_lost(guest: Guest) -> bool:
     return True
 
 
-def test_killed_twice_and_taken_up_from_another_file(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
-    """The same state in other frames, then not packed at all."""
+def abandoned(guests: Guests, serve: Serve) -> Guest:
+    """One that has run for a while, and has lost its server."""
     guest = guests.waiting()
     server = serve("--lazy", "--on-demand")
     server.lines()
     guest.wait_advance()
     server.kill()
     lost(guest)
+    return guest
+
+
+def test_killed_twice_and_taken_up_from_another_file(guests: Guests, work: Path, saved: Saved, serve: Serve) -> None:
+    """The same state in other frames, then not packed at all."""
+    guest = abandoned(guests, serve)
     assert shell("vm-compress -q -5 -o slow.vmz s.state; ! cmp -s s.vmz slow.vmz", work).status == 0
     dies(work, 3_000_017, "--resume", "b.qmp", state="slow.vmz")
     lost(guest)
@@ -517,12 +523,7 @@ def test_taken_up_on_demand(guests: Guests, work: Path, saved: Saved, serve: Ser
 @pytest.fixture
 def silent(guests: Guests, work: Path, saved: Saved, serve: Serve) -> Guest:
     """A guest whose server died, and whose QEMU itself waits for a page: of the firmware, which nobody looks at."""
-    guest = guests.waiting()
-    server = serve("--lazy", "--on-demand")
-    server.lines()
-    guest.wait_advance()
-    server.kill()
-    lost(guest)
+    guest = abandoned(guests, serve)
     with contextlib.suppress(TimeoutError), guest.connect(1) as qmp:
         qmp.cmd("human-monitor-command", **{"command-line": "xp /1wx 0x100000"})
         pytest.fail("this page was there")

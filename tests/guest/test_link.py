@@ -104,9 +104,7 @@ def test_the_receiver_starts_the_qemu(guests: Guests, work: Path) -> None:
         until(lambda: "count" in (work / "b.serial").read_text(), 20, "it counts there")
         assert source.status() == "postmigrate"
     finally:
-        for pid in processes(work, "qemu-system-x86_64"):
-            if pid != source.pid:
-                os.kill(pid, signal.SIGKILL)
+        shell(f"pkill -9 -f '{work}/b[.]qmp'", work)
 
 
 @pytest.mark.parametrize("filters", ["vm-compress", "gzip -1", "vm-compress | vm-encrypt -r me@example.org"])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import DEADLINE, pipeline
-from vm import Guest, Qmp, image
+from vm import Guest, Qmp, default_qemu, image
 from vmstate.description import End, judge_end
 from vmstate.octets import HOLD
 
@@ -296,7 +296,7 @@ def judge_state(path: Path, decode: list[str] | None = None) -> tuple[int, End]:
 
 def versions() -> dict[str, str]:
     """Of the peers, by name."""
-    names = {"qemu": "qemu-system-x86_64", "gpg": "gpg", "gzip": "gzip", "zstd": "zstd", "lz4": "lz4"}
+    names = {"qemu": default_qemu()[0], "gpg": "gpg", "gzip": "gzip", "zstd": "zstd", "lz4": "lz4"}
     return {name: version(command) for name, command in names.items() if shutil.which(command)}
 
 

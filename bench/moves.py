@@ -200,6 +200,11 @@ class Crashed(Exception):
     """
 
 
+def loses_pages(guest: Guest) -> bool:
+    """As `Crashed` says; it was never seen with QEMU 10.0."""
+    return int(guest.cmd("query-version")["qemu"]["major"]) < 10
+
+
 class Traveller:
     """A guest that goes from host to host; `here` is its QEMU, on `host`."""
 
@@ -316,7 +321,9 @@ def by_qemu(traveller: Traveller, there: Guest) -> float:
 
 
 def _ours(traveller: Traveller, uri: str, *options: str) -> float:
-    words = ["vm-migrate", "-q", "--downtime", str(DOWNTIME_MS), *options, traveller.here.qmp, uri]
+    # Each round more is one more in which such a guest can crash: there ours takes as few as QEMU's own.
+    few = ["--downtime", str(DOWNTIME_MS)] if loses_pages(traveller.here) else []
+    words = ["vm-migrate", "-q", *few, *options, traveller.here.qmp, uri]
     return pipeline(traveller.pair.on(traveller.host, *words))
 
 

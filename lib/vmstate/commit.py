@@ -15,7 +15,7 @@ from .command import hold_signals, no_more_signals, release_signals, signals_wai
 from .crossing import Crossing, finish_postcopy
 from .dump import sample, words_of
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
-from .link import Far, Frame, Way
+from .link import Far, Frame
 from .monitor import Monitor
 from .move import Plan
 from .octets import channel
@@ -25,6 +25,7 @@ from .relay import Outgoing
 from .report import Report
 from .through import Filter
 from .watch import FIRST_PAUSE, Watch
+from .ways import Way
 
 # A receiver that has heard 'go' needs no more than this, if it is there at all.
 RUNS = 10.0

@@ -11,9 +11,10 @@ import socket
 
 from . import decision, guest, link, marks, relay
 from .errors import CannotDo, Unsettled, VmstateError
-from .link import ANSWERS, Far, Frame, Way
+from .link import ANSWERS, Far, Frame
 from .monitor import Monitor
 from .octets import BLOCK, channel, memory
+from .ways import Way
 
 # How long a QEMU may take to see that its link is lost, in seconds.
 NOTICES = 20.0

@@ -303,11 +303,12 @@ def rhythm_of(monitor: Monitor) -> dict[str, int]:
 
 
 def run_on(monitor: Monitor, rhythm: dict[str, int] | None = None) -> Standing:
-    """Let it run; Refused where QEMU does not.  rhythm: announce it then, before anything else."""
-    monitor.ask("cont")
+    """Let it run; Refused where QEMU does not.  rhythm: announce it just before, as QEMU does itself."""
     if rhythm:
+        # Once it runs, it and the monitor want the same lock.
         with contextlib.suppress(Refused):
             announce(monitor, rhythm)
+    monitor.ask("cont")
     standing = look(monitor)
     # Where an image cannot be taken, some versions answer well and stay paused.
     if standing.run not in ("running", "suspended"):

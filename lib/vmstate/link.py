@@ -5,10 +5,8 @@ Source: docs/link.md, which says what each frame means and who sends it when.
 
 import contextlib
 import json
-import os
 import queue
 import select
-import shlex
 import signal
 import struct
 import subprocess
@@ -16,11 +14,11 @@ import threading
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from .errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError, WrongUsage
+from .errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError
 from .octets import BLOCK, FdReader, enlarge, memory, write_all
 from .stage import end_group, words_of_status
+from .ways import Way
 
 VERSION = 1
 MAGIC = b"vml1"
@@ -155,53 +153,6 @@ def error_of(values: dict[str, Any]) -> VmstateError:
     return family(f"the other side: {values.get('message', 'it gave no reason')}", *words)
 
 
-@dataclass(frozen=True)
-class Way:
-    """To the other side: a shell's `command`, or `words` to be run as they are.
-
-    sums: whether the data are to carry checksums.
-    """
-
-    uri: str
-    command: str | None = None
-    words: tuple[str, ...] = ()
-    sums: bool = True
-
-
-def way_of(uri: str) -> Way | None:
-    """The way that `link:COMMAND` or `ssh://[USER@]HOST[:PORT]/GUEST` names; None for another URI."""
-    name, _, rest = uri.partition(":")
-    if name == "link" and rest:
-        return Way(uri, command=rest)
-    if name == "ssh" and rest.startswith("//"):
-        return Way(uri, words=_ssh_words(uri), sums=False)
-    return None
-
-
-def _ssh_words(uri: str) -> tuple[str, ...]:
-    try:
-        parts = urlsplit(uri)
-        port = parts.port
-    except ValueError as error:
-        raise WrongUsage(f"'{uri}' is no place to move a guest to: {error}") from error
-    path = unquote(parts.path)
-    # As git has it: a path is absolute, unless it begins in the home.
-    path = path.removeprefix("/~/")
-    if not parts.hostname or path in ("", "/") or parts.hostname.startswith("-") or parts.query or parts.fragment:
-        hint = (
-            "expected ssh://[USER@]HOST[:PORT]/PATH, the path of the waiting guest's QMP socket; /~/ is the home there"
-        )
-        raise WrongUsage(f"'{uri}' is no place to move a guest to", hint)
-    # As it was written: urlsplit's own is in small letters.
-    host = parts.netloc.rpartition("@")[2].removesuffix(f":{port}").strip("[]")
-    user = parts.netloc.rpartition("@")[0]
-    ssh = [*shlex.split(os.environ.get("VM_SSH") or "ssh"), "-T"]
-    # A dead network is to be noticed; what VM_SSH or a configuration says comes first, being said before.
-    ssh += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
-    ssh += [*(["-p", str(port)] if port else []), *(["-l", user] if user else []), "--", host]
-    return (*ssh, f"vm-restore --commit {shlex.quote(path)}")
-
-
 class Silent(CannotDo):
     """The other side has not answered in time."""
 
@@ -216,7 +167,7 @@ class Far:
             words = ["bash", "-o", "pipefail", "-c", way.command]
             self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, start_new_session=True)
         else:
-            self._process = _start(way.words)
+            self._process = _start(way.argv())
         assert self._process.stdin and self._process.stdout
         self.link = Link(self._process.stdout.fileno(), self._process.stdin.fileno(), sums=way.sums)
         self._said: queue.SimpleQueue[Frame | None | VmstateError] = queue.SimpleQueue()

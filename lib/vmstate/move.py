@@ -15,10 +15,10 @@ from .dump import Dump, sample_of, words_of
 from .dump import Plan as DumpPlan
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
 from .guest import Standing
-from .link import Way, way_of
 from .octets import kind
 from .progress import Progress, Sample
 from .report import Report
+from .ways import Way, way_of
 
 LOOK = 0.05
 KINDS = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, link:COMMAND or ssh://[USER@]HOST/GUEST"

@@ -8,8 +8,9 @@ from .command import no_more_signals
 from .crossing import resume
 from .decision import standing_of
 from .errors import CannotDo, Unsettled, VmstateError
-from .link import Far, Way
+from .link import Far
 from .monitor import Monitor
+from .ways import Way
 
 
 def go(way: Way, move: str) -> str:

@@ -13,6 +13,7 @@ from conftest import Done, Guests, run
 from guest.judge import as_it_was, went_on
 from guest.test_link import FEW_ROUNDS, runs
 from vm import disk_counts, fsck, until
+from vmstate.ways import has_aes
 
 from net.hosts import Client, Hosts, source_on_a, waiting_on_b
 
@@ -47,6 +48,16 @@ def test_the_connection_lives(guests: Guests, two: Hosts, sshd: Path) -> None:
     # The receiver has announced it.
     assert "dev tap0" in two.sh("B", f"bridge fdb show br br0 | grep {MAC}").text
     assert "dev vB" in two.sh("S", f"bridge fdb show br br0 | grep {MAC}").text
+
+
+def test_by_the_quick_cipher(guests: Guests, two: Hosts, sshd: Path) -> None:
+    source, there = source_on_a(guests, two), waiting_on_b(guests, two)
+    words = shlex.join(["vm-migrate", *FEW_ROUNDS, "a.qmp", f"ssh://hostb{two.folder}/b.qmp"])
+    done = two.sh("A", f"VM_SSH='ssh -v -F {sshd}' {words}")
+    assert done.status == 0, done.err
+    used = re.search(r"kex: client->server cipher: (\S+)", done.err)
+    assert used and used[1].startswith("aes128-gcm" if has_aes() else "chacha20"), done.err
+    went_on(source.count() or 0, there)
 
 
 def test_an_announcement_that_fails_is_a_warning(guests: Guests, two: Hosts, sshd: Path) -> None:

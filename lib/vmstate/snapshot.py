@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import guest
+from . import guest, hugepages
 from .check import State
-from .command import no_more_signals, release_signals
+from .command import no_more_signals, release_signals, step_back
 from .dump import Dump, sample
 from .errors import CannotDo, Refused, Stopped, VmstateError
 from .guard import Guard
@@ -67,6 +67,9 @@ class Snapshot(Dump):
 
     def run(self) -> dict[str, Any]:
         try:
+            with Monitor(self._plan.path) as monitor:
+                pid = monitor.pid()
+            huge = hugepages.find(pid)
             state = self._send()
             standing = guest.wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
             if standing.migration != "completed":
@@ -80,6 +83,9 @@ class Snapshot(Dump):
             guest.patiently(self._plan.path, self._sending.found.put_back)
         if self._guard:
             self._guard.done()
+        # All is done, and this makes nothing else wait.
+        step_back()
+        hugepages.make_whole(pid, huge)
         after = guest.glance(self._plan.path)
         return {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
 

@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
 from conftest import Guests, run, shell
 from vm import MAC, Guest, until
+from vmstate import hugepages
 
 from guest.judge import as_it_was, went_on
 from guest.test_failure import dumper, end, start
@@ -162,6 +164,7 @@ def test_killed_together_with_its_guard(guests: Guests, work: Path) -> None:
     source.cmd("migrate-set-parameters", **{"max-bandwidth": 128 << 20})
     for options in ("--snapshot", "--after running"):
         done = shell(f"vm-dump -q {options} a.qmp > s", work)
+        print(options, done.status, done.err, source.cmd("query-migrate"))
         assert done.status == 0 or "its QEMU is left with a snapshot that was lost" in done.err
     as_it_was(source)
 
@@ -234,3 +237,30 @@ def test_what_does_not_go_with_it(options: str, work: Path) -> None:
     done = shell(f"vm-dump --snapshot {options} a.qmp > s", work)
     assert done.status == 2
     assert "--snapshot does not go with" in done.err
+
+
+def huge(guest: Guest) -> int:
+    """The memory in huge pages, in KiB; that of zeros counts for nothing."""
+    found = [
+        line.split()[1]
+        for line in Path(f"/proc/{guest.pid}/smaps_rollup").read_text().splitlines()
+        if "AnonHuge" in line
+    ]
+    return int(found[0])
+
+
+@pytest.mark.root
+def test_the_huge_pages_are_whole_again(guests: Guests, work: Path) -> None:
+    """A snapshot splits them, and takes no more memory for that they are made whole."""
+    source = guests.running()
+    before = huge(source)
+    if not hugepages.find(source.pid):
+        warnings.warn("not available in this kernel: PAGEMAP_SCAN, or huge pages", stacklevel=1)
+        return
+    assert before > 30 << 10
+    resident = Path(f"/proc/{source.pid}/statm")
+    had = int(resident.read_text().split()[1])
+    assert shell("vm-dump -q --snapshot a.qmp > s", work).status == 0
+    assert huge(source) >= 0.9 * before
+    assert int(resident.read_text().split()[1]) <= 1.05 * had
+    as_it_was(source)

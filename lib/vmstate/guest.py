@@ -252,6 +252,7 @@ def cont(path: str, force: bool = False) -> Standing:
         if not (force and error.protected):
             raise
         userfault.unprotect(error.pid)
+        patiently(path, tidy)
     return patiently(path, lambda monitor: _cont(monitor, path, force))
 
 

@@ -252,7 +252,8 @@ def cont(path: str, force: bool = False) -> Standing:
         if not (force and error.protected):
             raise
         userfault.unprotect(error.pid)
-        patiently(path, tidy)
+        with contextlib.suppress(Refused):
+            patiently(path, tidy)
     return patiently(path, lambda monitor: _cont(monitor, path, force))
 
 
@@ -307,7 +308,7 @@ def run_on(monitor: Monitor, rhythm: dict[str, int] | None = None) -> Standing:
     """Let it run; Refused where QEMU does not.  rhythm: announce it just before, as QEMU does itself."""
     if rhythm:
         # Once it runs, it and the monitor want the same lock.
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(CannotDo):
             announce(monitor, rhythm)
     monitor.ask("cont")
     standing = look(monitor)

@@ -15,13 +15,12 @@ import struct
 import time
 from collections.abc import Iterator
 
-# linux/fs.h: the number, struct pm_scan_arg, struct page_region, and two of its categories
+# linux/fs.h: the number, struct pm_scan_arg, struct page_region, and three of its categories
 PAGEMAP_SCAN = 0xC0606610
 ARGUMENT, REGION = struct.Struct("=12Q"), struct.Struct("=3Q")
-PFNZERO, HUGE = 1 << 5, 1 << 6
+PRESENT, PFNZERO, HUGE = 1 << 3, 1 << 5, 1 << 6
 MOST = 4096
-# Of a process on every architecture; whole pages of 64 KiB.
-END = 0x7FFFFFFF0000
+# On every architecture but alpha
 SYS_PROCESS_MADVISE = 440
 MADV_COLLAPSE = 25
 SIZE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
@@ -32,29 +31,51 @@ Range = tuple[int, int]
 
 
 def find(pid: int) -> list[Range]:
-    """Where the process has huge pages, but for that of zeros, as addresses from and to."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/pagemap", "rb") as file:
-        return list(_scan(file.fileno()))
+    """Where the process has huge pages, as addresses from and to."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/pagemap", "rb") as file:
+        # That of zeros is one of them in some kernels.
+        return [found for area in _areas(pid) for found in _scan(file.fileno(), area, HUGE)]
     return []
 
 
 def make_whole(pid: int, ranges: list[Range]) -> None:
-    """Have the kernel make huge again what was, where it can; the process goes on meanwhile."""
+    """Have the kernel make huge again what was, where it can; the process goes on meanwhile.
+
+    Only where each small page is there: no memory is taken for zeros, or for what was given back.
+    """
     libc, give_up = ctypes.CDLL(None), time.monotonic() + LONG
-    with contextlib.suppress(OSError, ValueError), open(SIZE) as file, open(os.pidfd_open(pid)) as process:
-        size = int(file.read())
-        for at in (at for begin, end in ranges for at in range(begin, end, size)):
-            # One that fails, for want of memory or since it is gone, is left as it is.
-            libc.syscall(SYS_PROCESS_MADVISE, process.fileno(), struct.pack("@PN", at, size), 1, MADV_COLLAPSE, 0)
-            if time.monotonic() > give_up:
-                return
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open(SIZE) as words,
+        open(f"/proc/{pid}/pagemap", "rb") as pagemap,
+        open(os.pidfd_open(pid)) as process,
+    ):
+        size = int(words.read())
+        for area in ranges:
+            for begin, end in _scan(pagemap.fileno(), area, PRESENT):
+                for at in range(begin + -begin % size, end - size + 1, size):
+                    # One that fails, for want of memory or since it is gone, is left as it is.
+                    part = struct.pack("@PN", at, size)
+                    libc.syscall(SYS_PROCESS_MADVISE, process.fileno(), part, 1, MADV_COLLAPSE, 0)
+                    if time.monotonic() > give_up:
+                        return
 
 
-def _scan(fd: int) -> Iterator[Range]:
+def _areas(pid: int) -> Iterator[Range]:
+    """The mappings of a process, but for what the kernel has put there itself."""
+    with open(f"/proc/{pid}/maps") as file:
+        for line in file:
+            begin, end = (int(word, 16) for word in line.split(maxsplit=1)[0].split("-"))
+            if end < 1 << 63:
+                yield begin, end
+
+
+def _scan(fd: int, area: Range, kind: int) -> Iterator[Range]:
+    """Where an area has pages of this kind that are not the one of zeros."""
     room = ctypes.create_string_buffer(MOST * REGION.size)
-    begin = 0
-    while begin < END:
-        asked = (ARGUMENT.size, 0, begin, END, 0, ctypes.addressof(room), MOST, 0, PFNZERO, HUGE | PFNZERO, 0, HUGE)
+    begin, end = area
+    while begin < end:
+        asked = (ARGUMENT.size, 0, begin, end, 0, ctypes.addressof(room), MOST, 0, PFNZERO, kind | PFNZERO, 0, kind)
         argument = bytearray(ARGUMENT.pack(*asked))
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
         yield from ((at, to) for at, to, _ in REGION.iter_unpack(room.raw[: count * REGION.size]))

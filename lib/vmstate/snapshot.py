@@ -15,7 +15,7 @@ from typing import Any
 
 from . import guest, hugepages
 from .check import State
-from .command import no_more_signals, release_signals, step_back
+from .command import no_more_signals, release_signals
 from .dump import Dump, sample
 from .errors import CannotDo, Refused, Stopped, VmstateError
 from .guard import Guard
@@ -83,11 +83,11 @@ class Snapshot(Dump):
             guest.patiently(self._plan.path, self._sending.found.put_back)
         if self._guard:
             self._guard.done()
-        # All is done, and this makes nothing else wait.
-        step_back()
-        hugepages.make_whole(pid, huge)
         after = guest.glance(self._plan.path)
-        return {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
+        outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
+        # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
+        hugepages.make_whole(pid, huge)
+        return outcome
 
     def _make_guard(self) -> Guard:
         held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)

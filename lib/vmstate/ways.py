@@ -1,5 +1,6 @@
 """Where a move over a link goes: what a URI names, and the command that leads there."""
 
+import functools
 import os
 import re
 import shlex
@@ -32,7 +33,7 @@ class Way:
 
     def argv(self) -> tuple[str, ...]:
         """The ssh to start, whole."""
-        quick = QUICK if has_aes() and _leaves_ciphers_open(self.words, self.host) else ()
+        quick = QUICK if has_aes() and _leaves_ciphers_open(self.words, (self.host, self.remote)) else ()
         return (*self.words, *quick, "--", self.host, self.remote)
 
 
@@ -75,13 +76,19 @@ def has_aes() -> bool:
         return False
 
 
-def _leaves_ciphers_open(ssh: tuple[str, ...], host: str) -> bool:
-    """Whether no configuration file of this ssh says anything about ciphers; False where that cannot be asked."""
+@functools.cache
+def _leaves_ciphers_open(ssh: tuple[str, ...], where: tuple[str, str]) -> bool:
+    """Whether no configuration of this ssh says anything about ciphers, and it knows the quick ones.
+
+    False where that cannot be asked.  where: the host and the command there, for what a configuration makes of them.
+    """
     if os.path.basename(ssh[0]) != "ssh":
         # Who knows what it does when it is run for an answer.
         return False
-    with_files, without = _ciphers(*ssh, "-G", "--", host), _ciphers(*ssh, "-F", "none", "-G", "--", host)
-    return with_files is not None and with_files == without
+    asked = ("-G", "--", *where)
+    chosen = _ciphers(*ssh, *asked)
+    open_to_us = chosen is not None and chosen == _ciphers(*ssh, "-F", "none", *asked)
+    return open_to_us and _ciphers(*ssh, *QUICK, *asked) is not None
 
 
 def _ciphers(*command: str) -> str | None:

@@ -101,7 +101,7 @@ def _runner(lab: Lab, guest: Guest, name: str, seen: list[float]) -> Callable[[]
     ways: dict[str, Callable[[], object]] = {
         SNAPSHOT: lambda: pipeline([*SNAPSHOT.split(), "-q", guest.qmp], SINK),
         LIVE: lambda: pipeline(["vm-dump", "-q", "--after", "running", guest.qmp], SINK),
-        SECOND: lambda: pipeline([*SNAPSHOT.split(), "-q", guest.qmp], SINK),
+        SECOND: lambda: ways[SNAPSHOT](),
         STOP: lambda: pipeline(["vm-dump", "-q", "--stop", "--after", "running", guest.qmp], SINK),
         THEIR_LIVE: lambda: _migrate_here(guest, False),
         THEIR_STOP: lambda: _migrate_here(guest, True),

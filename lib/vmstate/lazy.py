@@ -28,7 +28,7 @@ from .restore import Outcome, nics_of
 from .serving import Recovered, Serving, recover
 from .statefile import RawFile, StateFile, state_of
 from .vmzfile import vmz_file
-from .waiting import Waiting, refusal, require_waiting
+from .waiting import NO_ROUNDS, Waiting, refusal, require_waiting
 from .wayback import WayBack
 
 # What may lie between us and QEMU: a request waits behind it.
@@ -196,8 +196,11 @@ class Lazy:
 
     def _set_up(self, monitor: Monitor, run: bool) -> None:
         marks.clear(monitor)
+        silent = monitor.ask("query-migrate-parameters").get("announce-rounds") == 0
+        if silent:
+            self._report.note(NO_ROUNDS)
         try:
-            prepare(monitor, ("postcopy-ram",), {}, self._found)
+            prepare(monitor, ("postcopy-ram",), {"announce-rounds": 1} if silent else {}, self._found)
         except Refused as error:
             self._found.put_back(monitor)
             hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"

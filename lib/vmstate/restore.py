@@ -23,7 +23,7 @@ from .relay import Head, Incoming, QemuStopped, read_head
 from .report import Report
 from .stage import Stage
 from .vmzfile import vmz_file
-from .waiting import Waiting, refusal, require_fit, require_waiting
+from .waiting import NO_ROUNDS, Waiting, refusal, require_fit, require_waiting
 from .wayback import WayBack
 
 
@@ -142,6 +142,8 @@ class Restore:
                 waiting.hold_and_load(self._theirs)
                 release_signals()
                 self._theirs.close()
+                if waiting.had_no_rounds:
+                    self._report.note(NO_ROUNDS)
                 saved = incoming.carry(self._proven)
                 waiting.loaded()
                 self._note(saved)

@@ -20,7 +20,7 @@ from .process import Process
 from .report import Report
 from .restore import nics_of, refusal_of
 from .stage import Stage
-from .waiting import Waiting
+from .waiting import NO_ROUNDS, Waiting
 
 # A source that has heard 'loaded' goes on at once.
 SOON = 1.0
@@ -191,6 +191,8 @@ class Taking:
         on = ("postcopy-ram",) if self._hello.get("postcopy") else ()
         self._waiting.hold_and_load(self._theirs, on, self._facts)
         release_signals()
+        if self._waiting.had_no_rounds:
+            self._report.note(NO_ROUNDS)
         self._theirs.close()
         back = through.inverse(self._hello.get("through", []), self._plan.back)
         if back is None:

@@ -42,6 +42,7 @@ def require_waiting(monitor: Monitor, path: str) -> None:
         )
 
 
+NO_ROUNDS = "announce-rounds was 0: it is 1 while QEMU loads, since with 0 QEMU ends when the guest reboots later"
 DEVICES = "start the guest with the same devices, at the same addresses, as its source"
 
 
@@ -101,13 +102,20 @@ class Waiting:
                 marks.put(monitor, marks.TAKEN, **mark)
             monitor.ask("stop")
             try:
-                prepare(monitor, ("late-block-activate", *on), {"announce-rounds": 0}, self.found)
+                # Its own announcement is to be short: ours is made once it runs.  With no round at all QEMU would free
+                # the timer of a card that can announce itself, and end at the card's next reset.
+                prepare(monitor, ("late-block-activate", *on), {"announce-rounds": 1}, self.found)
                 monitor.give(NAME, theirs.fileno())
                 self.incoming(monitor)
             except Refused:
                 self.found.put_back(monitor)
                 raise
             self.begun = True
+
+    @property
+    def had_no_rounds(self) -> bool:
+        """Whether somebody had silenced QEMU's own announcement."""
+        return self.found.parameters.get("announce-rounds") == 0
 
     @staticmethod
     def incoming(monitor: Monitor) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from . import decision, guest, link, marks, preflight, settle, through
 from .command import hold_signals, no_more_signals, release_signals, signals_wait, step_back
 from .crossing import Crossing, finish_postcopy
-from .dump import sample, words_of
+from .dump import paused_first_words, sample, words_of
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
+from .guard import Guard
 from .link import Far, Frame
 from .monitor import Monitor
 from .move import Plan
@@ -55,7 +56,10 @@ class Commit:
         downtime = FIRST_PAUSE if plan.downtime is None else plan.downtime
         mark = {"uri": plan.target.uri, "move": self._move, **({"log": os.path.abspath(plan.log)} if plan.log else {})}
         on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
-        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark)
+        self._sending = guest.Sending(
+            plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark, live_anyway=plan.live_anyway
+        )
+        self._guard: Guard | None = None
 
     def check(self) -> dict[str, Any]:
         """Ask both sides, and send nothing."""
@@ -69,6 +73,10 @@ class Commit:
 
     def begin(self) -> None:
         """Both sides agree, and QEMU sends; whatever goes wrong, the guest is put back first."""
+        if self._plan.postcopy and not self._plan.live_anyway:
+            why = "--postcopy cannot pause it first"
+            guest.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
+        self._guard = Guard(self._plan.path, self._sending.found.owner, move=self._move)
         try:
             self._agree()
             self._start()
@@ -143,9 +151,12 @@ class Commit:
         else:
             self._outgoing = self._crossing = Crossing(self._plan.path, self._ours, far)
         hold_signals()
-        self._sending.start(self._theirs.fileno(), stopped=False, watch=lambda: None)
+        assert self._guard
+        self._sending.start(self._theirs.fileno(), stopped=False, watch=self._guard.watch)
         release_signals()
         self._theirs.close()
+        if self._sending.paused_first:
+            self._report.warning(paused_first_words(self._sending.paused_first, self._plan.path, "it runs there"))
 
     def _far_hears(self, far: Far) -> None:
         """A refusal in the midst of the data ends the sending."""
@@ -259,9 +270,10 @@ class Commit:
             if time.monotonic() > give_up:
                 raise CannotDo("QEMU does not complete")
             time.sleep(0.001)
-        if not standing.given_away or (self._far.lost and decision.take_back_given(monitor)):
-            if not standing.given_away:
-                marks.keep(monitor, self._move)
+        if not standing.given_away:
+            self._sending.taken_back(monitor)
+            return False
+        if self._far.lost and decision.take_back_given(monitor):
             self._sending.found.put_back(monitor)
             return False
         self._given = True
@@ -294,15 +306,17 @@ class Commit:
         no_more_signals()
         if self._plan.postcopy and (crossed := self._crossed(error)):
             return crossed
+        doubt = self._sending.begun and self._may_be_loaded()
         for end in (self._ours, self._theirs):
             end.close()
         if self._filter:
             self._filter.end()
         standing, trouble = None, None
         try:
-            standing = self._sending.take_back() if self._sending.begun else None
+            standing = self._sending.take_back(doubt=doubt) if self._sending.begun else None
         except VmstateError as found:
             trouble = found
+        self._end_guard(trouble)
         error = self._reason_for(error)
         self._leave(back=not trouble)
         if trouble:
@@ -316,6 +330,20 @@ class Commit:
         if standing:
             error.args = (f"{error}; the guest {words_of(standing.run)}",)
         return error
+
+    def _may_be_loaded(self) -> bool:
+        """Whether the other side may have all of the guest by now, and ask for it later."""
+        if self._sent:
+            return True
+        try:
+            return guest.glance(self._plan.path).run in ("finish-migrate", "postmigrate")
+        except VmstateError:
+            return True
+
+    def _end_guard(self, trouble: VmstateError | None = None) -> None:
+        if self._guard:
+            self._guard.leave() if trouble else self._guard.done()
+        self._guard = None
 
     def _crossed(self, error: BaseException) -> VmstateError | None:
         """From the switchover on the guest is there, and its pages here: nothing can be undone."""
@@ -367,6 +395,7 @@ class Commit:
         # The guest has arrived, whatever becomes of this.
         with contextlib.suppress(VmstateError):
             info = guest.patiently(path, self._after_all)
+        self._end_guard()
         with contextlib.suppress(GuestGone):
             here = guest.finish(path, self._plan.after)
         self._far.leave()

@@ -14,7 +14,7 @@ from . import guest
 from .check import State
 from .command import hold_signals, no_more_signals, release_signals
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
-from .guard import Guard
+from .guard import Drain, Guard
 from .octets import Output, channel, file_of
 from .progress import Progress, Sample
 from .relay import Outgoing
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Plan:
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file.
 
-    disks: they are to belong to it, as of the same instant, in which the guest stands.
+    disks: they are to belong to it, as of the same instant, in which the guest stands.  live_anyway: do not pause the
+    guest first where a live migration may lose pages.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Plan:
     to: str | None = None
     out: str | None = None
     disks: "Wish | None" = None
+    live_anyway: bool = False
 
 
 class Dump:
@@ -56,7 +58,9 @@ class Dump:
         # Until the guest's state is on its way, so that `run` knows all that there is to undo.
         hold_signals()
         self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
-        self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES)
+        self._sending = guest.Sending(
+            plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES, live_anyway=plan.live_anyway
+        )
         self._started = time.monotonic()
         try:
             self._ours, self._theirs = channel()
@@ -78,8 +82,6 @@ class Dump:
             self._outgoing.answer(0)
         except BaseException as error:
             raise self._put_back(error) from error
-        if self._guard:
-            self._guard.done()
         return self._finish(state)
 
     def _finish(self, state: State) -> dict[str, Any]:
@@ -88,9 +90,11 @@ class Dump:
         try:
             info = self._sending.completed().info
         except VmstateError as error:
+            self._guard.leave()
             raise Unsettled(
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
+        self._guard.done()
         return self._outcome(state, info, guest.finish(path, self._plan.after))
 
     def _find_disks(self) -> "Checkpoint | None":
@@ -105,21 +109,27 @@ class Dump:
         """What the guard does about the disks, when we are gone."""
         return partial(self._disks.undo, sure=True) if self._disks else None
 
-    def _make_guard(self) -> Guard | None:
-        if isinstance(self._sink, Stage):
-            return Guard(self._plan.path, self._sink.group, self._sink.fd, undo=self._undo)
-        return Guard(self._plan.path, undo=self._undo) if self._plan.stop or self._undo else None
+    @property
+    def _drain(self) -> Drain | None:
+        """What takes the rest of QEMU's bytes, where it must not be left with them."""
+        return None
+
+    def _make_guard(self) -> Guard:
+        group, held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
+        owner = self._sending.found.owner
+        return Guard(self._plan.path, owner, group=group, held=held, snapshot=self._drain, undo=self._undo)
 
     def _send(self) -> State:
-        watch = self._guard.watch if self._guard else lambda: None
         take = self._disks.take if self._disks else None
-        if self._disks and self._guard:
+        if self._disks:
             # From here on there is something to undo, also where the guest stands already.
             self._guard.watch()
             self._disks.prepare()
-        self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=watch, take=take)
+        self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=self._guard.watch, take=take)
         self._theirs.close()
         release_signals()
+        if self._sending.paused_first:
+            self._report.warning(paused_first_words(self._sending.paused_first, self._plan.path, PAUSED_STATE))
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
             return self._outgoing.run()
 
@@ -127,8 +137,7 @@ class Dump:
         if isinstance(self._sink, Output):
             self._sink.settle()
         else:
-            if self._guard:
-                self._guard.let_go()
+            self._guard.let_go()
             self._sink.finish()
 
     def _write_down(self, state: State) -> None:
@@ -139,8 +148,7 @@ class Dump:
             goes_on = self.CAPABILITIES == guest.SNAPSHOT
             self._disks.settle(state, ran, out or (None if self._plan.to else file_of(1)), goes_on)
             self._kept = True
-            if self._guard:
-                self._guard.keep()
+            self._guard.keep()
 
     def _put_back(self, error: BaseException) -> BaseException:
         """Undo all; the error to raise, with what has become of the guest."""
@@ -155,9 +163,8 @@ class Dump:
                 self._disks.undo()
         except VmstateError as found:
             trouble = found
-        if self._guard:
-            # Where we did not get the guest to run on, the guard goes on trying.
-            self._guard.leave() if trouble else self._guard.done()
+        # Where we did not get the guest to run on, the guard goes on trying.
+        self._guard.leave() if trouble else self._guard.done()
         if trouble and self._disks and isinstance(error, VmstateError):
             written = [f"what the guest has written last is in {name}" for name in self._disks.overlays()]
             error.hints = (*error.hints, *written)
@@ -204,6 +211,16 @@ class Dump:
             "seconds": round(time.monotonic() - self._started, 3),
             "downtime_ms": info.get("downtime"),
         }
+
+
+# What a state of a guest that was paused first is like.
+PAUSED_STATE = "the state says paused: vm-restore --run has it run"
+
+
+def paused_first_words(qemu: str, path: str, then: str) -> str:
+    """Why the guest at `path` was paused before its state was sent live, and what follows."""
+    why = f"{qemu} without KVM loses pages that a running guest writes meanwhile"
+    return f"the guest at {path} was paused first, since {why} ({then}; --live-anyway sends it all the same)"
 
 
 def words_of(run: str) -> str:

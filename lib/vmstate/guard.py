@@ -1,9 +1,10 @@
 """A process that puts things back when its parent dies without a word (kill -9).
 
 QEMU lets a guest run on by itself when our socket closes, but it cannot know that `--stop` stopped the guest only for
-us; and a sink takes the end of its input for the end of the state.  So a child, in a session of its own, holds the
-sink's input open and waits for the parent's end: then it ends the sink's process group first, closes the input, and
-lets the guest run on.
+us, nor what we have changed in its settings; and a sink takes the end of its input for the end of the state.  So a
+child, in a session of its own, holds the sink's input open and waits for the parent's end: then it ends the sink's
+process group first, closes the input, waits for the end of QEMU's migration, puts the settings back, and lets the guest
+run on.
 """
 
 import contextlib
@@ -12,9 +13,13 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .stage import end_group
+
+if TYPE_CHECKING:
+    from .guest import Standing
+    from .monitor import Monitor
 
 WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
@@ -23,10 +28,24 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.
 Drain = tuple[int, Callable[[], None]]
 
 
+@dataclass
+class _Duty:
+    """What the child keeps in mind, as `Guard` was given it."""
+
+    path: str
+    owner: str
+    move: str | None = None
+    group: int | None = None
+    held: int | None = None
+    snapshot: Drain | None = None
+    undo: Callable[[], None] | None = None
+
+
 class Guard:
     """Start the child.  To be called before there are threads.
 
-    path: the guest.  group: the process group of the sink, or None.  held: the sink's input, to be kept open.
+    path: the guest.  owner: of the settings that are to be put back (`guest.Found`).  move: the number of the move.
+    group: the process group of the sink, or None.  held: the sink's input, to be kept open.
     snapshot: a descriptor, to be kept open, and what takes what QEMU still sends there before anything is put back.
     undo: what else is to be undone, in the end.
     """
@@ -34,9 +53,11 @@ class Guard:
     def __init__(
         self,
         path: str,
+        owner: str,
+        *,
+        move: str | None = None,
         group: int | None = None,
         held: int | None = None,
-        *,
         snapshot: Drain | None = None,
         undo: Callable[[], None] | None = None,
     ) -> None:
@@ -44,7 +65,7 @@ class Guard:
         sys.stderr.flush()
         self._child = os.fork()
         if self._child == 0:
-            _be_the_guard(theirs, _Duty(path, group, held, snapshot, undo))
+            _be_the_guard(theirs, _Duty(path, owner, move, group, held, snapshot, undo))
         os.close(theirs)
 
     def watch(self) -> None:
@@ -70,17 +91,6 @@ class Guard:
         os.close(self._ours)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)
-
-
-@dataclass
-class _Duty:
-    """What the child keeps in mind, as `Guard` was given it."""
-
-    path: str
-    group: int | None
-    held: int | None
-    snapshot: Drain | None
-    undo: Callable[[], None] | None
 
 
 def _be_the_guard(control: int, duty: _Duty) -> NoReturn:
@@ -117,8 +127,7 @@ def _guard(control: int, duty: _Duty) -> None:
     if duty.group is not None:
         end_group(duty.group)
     _close_held(duty)
-    if stopped:
-        _put_back(duty)
+    _put_back(duty, stopped)
 
 
 def _close_held(duty: _Duty) -> None:
@@ -127,31 +136,36 @@ def _close_held(duty: _Duty) -> None:
     duty.held = None
 
 
-def _put_back(duty: _Duty) -> None:
-    if duty.snapshot:
-        _tidy(duty.path, duty.snapshot[1])
-    # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
-    _run_on(duty.path)
-    if duty.undo:
-        with contextlib.suppress(Exception):
+def _put_back(duty: _Duty, stopped: bool) -> None:
+    from . import guest
+
+    with contextlib.suppress(Exception):
+        if duty.snapshot and stopped:
+            duty.snapshot[1]()
+    with contextlib.suppress(Exception):
+        # However long that takes: the wait ends with the QEMU.
+        guest.wait_for(duty.path, _is_over, guest.FOR_EVER, "to end its migration", slowest=0.5)
+        guest.patiently(duty.path, lambda monitor: _settle(monitor, duty, stopped), guest.FOR_EVER)
+    with contextlib.suppress(Exception):
+        if duty.undo and stopped:
             duty.undo()
 
 
-def _tidy(path: str, drain: Callable[[], None]) -> None:
-    from . import guest
-
-    with contextlib.suppress(Exception):
-        drain()
-    with contextlib.suppress(Exception):
-        guest.wait_for(path, lambda s: not s.moving, 60, "to end its snapshot")
-        guest.patiently(path, guest.tidy)
+def _is_over(standing: "Standing") -> bool:
+    return not standing.moving and standing.run != "finish-migrate"
 
 
-def _run_on(path: str) -> None:
-    from . import guest
+def _settle(monitor: "Monitor", duty: _Duty, stopped: bool) -> None:
+    from . import guest, marks
 
-    with contextlib.suppress(Exception):
-        standing = guest.wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
-        if not standing.given_away:
-            guest.patiently(path, guest.cont_in)
-            guest.patiently(path, guest.tidy)
+    standing = guest.look(monitor)
+    if not _is_over(standing):
+        # Of another command, which has the guest now.
+        return
+    if not standing.given_away:
+        if marks.MOVED in marks.names(monitor):
+            marks.keep(monitor, duty.move)
+        # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
+        if stopped and standing.run in ("paused", "postmigrate"):
+            guest.cont_in(monitor)
+    guest.tidy(monitor, duty.owner)

@@ -5,6 +5,7 @@ relied on, and `Found.put_back` gives the guest what it had.
 """
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from . import marks, userfault
-from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
+from .errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError, WrongUsage
 from .monitor import PATIENCE, Monitor, StandsStill
 
 T = TypeVar("T")
@@ -25,6 +26,12 @@ SNAPSHOT = ("background-snapshot",)
 LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram", "background-snapshot")
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
+# The QEMU from which on, under TCG, a live migration sends every page that the guest writes (upstream 03bfc2188f).
+COHERENT = (9, 0)
+# Longer than any migration: the wait ends with the QEMU.
+FOR_EVER = 1e9
+# Run states of a guest that runs
+RUNS = ("running", "suspended")
 # migration.json, MigrationStatus: those in which QEMU is not done
 BUSY = frozenset(("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo")) | frozenset(
     ("postcopy-active", "postcopy-device", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
@@ -57,25 +64,46 @@ class Standing:
 class Found:
     """What a command found and is to put back: capabilities, parameters, and whether the guest ran.
 
-    changed: the parameters as the command has set them.
+    rate: max-bandwidth as the command has set it, None where it has not.  owner: tells this command's values from those
+    of another.  The values are kept in QEMU too, until they are put back, for whoever comes after a command that died.
     """
 
     capabilities: list[dict[str, Any]] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
-    changed: dict[str, Any] = field(default_factory=dict)
+    rate: int | None = None
     ran: bool = False
+    owner: str = field(default_factory=lambda: os.urandom(8).hex())
+
+    def keep(self, monitor: Monitor) -> None:
+        """Leave the values in QEMU, in place of those that another command has left there."""
+        marks.remove(monitor, marks.SETTINGS)
+        if self.capabilities or self.parameters:
+            values = {"capabilities": self.capabilities, "parameters": self.parameters, "rate": self.rate}
+            marks.put(monitor, marks.SETTINGS, owner=self.owner, **values)
 
     def put_back(self, monitor: Monitor) -> None:
+        if not self.capabilities and not self.parameters:
+            return
         if self.capabilities:
             _wait_for_the_snapshot(monitor)
             monitor.ask("migrate-set-capabilities", capabilities=self.capabilities)
-        if self.parameters:
-            now = monitor.ask("query-migrate-parameters")
-            # What another command has set meanwhile (vm-speed) stays.
-            ours = {name: had for name, had in self.parameters.items() if now.get(name) == self.changed.get(name)}
-            if ours:
-                monitor.ask("migrate-set-parameters", **ours)
+        had = dict(self.parameters)
+        if "max-bandwidth" in had and monitor.ask("query-migrate-parameters").get("max-bandwidth") != self.rate:
+            # vm-speed has set it meanwhile.
+            del had["max-bandwidth"]
+        if had:
+            monitor.ask("migrate-set-parameters", **had)
         self.capabilities, self.parameters = [], {}
+        marks.remove(monitor, marks.SETTINGS)
+
+
+def left_behind(monitor: Monitor) -> Found | None:
+    """What a command has kept in QEMU and not put back; None where there is nothing."""
+    if marks.SETTINGS not in marks.names(monitor, (marks.SETTINGS,)):
+        return None
+    facts = marks.facts(monitor, marks.SETTINGS)
+    rate, owner = facts.get("rate"), str(facts.get("owner"))
+    return Found(facts.get("capabilities", []), facts.get("parameters", {}), rate, owner=owner)
 
 
 def look(monitor: Monitor) -> Standing:
@@ -89,8 +117,13 @@ def glance(path: str, patience: float = PATIENCE) -> Standing:
         return look(monitor)
 
 
-def wait_for(path: str, done: Callable[[Standing], bool], seconds: float, what: str) -> Standing:
-    """Look until `done`; CannotDo after `seconds`.  A monitor that is busy meanwhile is asked again."""
+def wait_for(
+    path: str, done: Callable[[Standing], bool], seconds: float, what: str, *, slowest: float = 0.1
+) -> Standing:
+    """Look until `done`; CannotDo after `seconds`.  A monitor that is busy meanwhile is asked again.
+
+    slowest: seconds between two looks, once it lasts.
+    """
     give_up = time.monotonic() + seconds
     pause = 0.005
     while True:
@@ -108,7 +141,7 @@ def wait_for(path: str, done: Callable[[Standing], bool], seconds: float, what: 
             where = f"'{standing.run}', migration '{standing.migration}'" if standing else "not known"
             raise CannotDo(f"waited {seconds:.0f} s for {path} {what}: its state is {where}")
         time.sleep(pause)
-        pause = min(0.1, pause * 1.5)
+        pause = min(slowest, pause * 1.5)
 
 
 def patiently(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
@@ -134,21 +167,36 @@ def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], f
     capabilities = monitor.ask("query-migrate-capabilities")
     had = monitor.ask("query-migrate-parameters")
     wanted = [{"capability": c["capability"], "state": c["capability"] in on} for c in capabilities]
-    # Nobody else switches these on for long: they are left over from a command of ours that was killed.
-    back = [{**c, "state": c["state"] and c["capability"] not in LEFT_OVER} for c in capabilities]
     # A name of credentials or another mode would turn our descriptor into something else.
     for name, value in (("tls-creds", ""), ("mode", "normal")):
         if had.get(name, value) != value:
             parameters[name] = value
     changed = {name: value for name, value in parameters.items() if name in had and had[name] != value}
-    found.parameters = {name: had[name] for name in changed}
-    found.changed = changed
+    back, before = _before(left_behind(monitor), capabilities, had)
+    found.parameters = {name: before[name] for name in had if name in changed or before[name] != had[name]}
+    found.rate = changed.get("max-bandwidth", had.get("max-bandwidth"))
     if wanted != back:
         found.capabilities = back
+    found.keep(monitor)
     if wanted != capabilities:
         _set_capabilities(monitor, capabilities, wanted)
     if changed:
         monitor.ask("migrate-set-parameters", **changed)
+
+
+def _before(
+    left: Found | None, capabilities: list[dict[str, Any]], had: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Capabilities and parameters as they were before any command of ours, `left` by one that was killed."""
+    on = {c["capability"]: c["state"] for c in left.capabilities} if left else {}
+    # Nobody else switches these on for long.
+    back = [
+        {**c, "state": on.get(c["capability"], c["state"] and c["capability"] not in LEFT_OVER)} for c in capabilities
+    ]
+    values = dict(left.parameters) if left else {}
+    if left and had.get("max-bandwidth") != left.rate:
+        values.pop("max-bandwidth", None)
+    return back, {**had, **{name: value for name, value in values.items() if name in had}}
 
 
 def _set_capabilities(monitor: Monitor, had: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -177,14 +225,36 @@ def _wait_for_the_snapshot(monitor: Monitor) -> None:
         time.sleep(1)
 
 
-def tidy(monitor: Monitor) -> None:
-    """What a command that was killed has left switched on, or silenced."""
-    left = [c for c in monitor.ask("query-migrate-capabilities") if c["state"] and c["capability"] in LEFT_OVER]
+def tidy(monitor: Monitor, owner: str | None = None) -> None:
+    """Put back what a command that was killed has left behind; owner: only where it was this one."""
+    left = left_behind(monitor)
+    if owner is not None and (left is None or left.owner != owner):
+        return
     if left:
+        left.put_back(monitor)
+    on = [c for c in monitor.ask("query-migrate-capabilities") if c["state"] and c["capability"] in LEFT_OVER]
+    if on:
         _wait_for_the_snapshot(monitor)
-        monitor.ask("migrate-set-capabilities", capabilities=[{**c, "state": False} for c in left])
-    if monitor.ask("query-migrate-parameters").get("announce-rounds") == 0:
-        monitor.ask("migrate-set-parameters", announce_rounds=ANNOUNCE["rounds"])
+        monitor.ask("migrate-set-capabilities", capabilities=[{**c, "state": False} for c in on])
+
+
+def loses_pages(monitor: Monitor) -> bool:
+    """Whether a live migration of the guest may leave out pages that it writes meanwhile: QEMU before 9.0 under TCG."""
+    version = monitor.ask("query-version")["qemu"]
+    return (version["major"], version["minor"]) < COHERENT and not monitor.ask("query-kvm")["enabled"]
+
+
+def version_words(monitor: Monitor) -> str:
+    version = monitor.ask("query-version")["qemu"]
+    return f"QEMU {version['major']}.{version['minor']}"
+
+
+def require_live(path: str, why: str, hint: str) -> None:
+    """WrongUsage where the guest would have to be paused for its migration, and cannot be; `why`, and what helps."""
+    with Monitor(path) as monitor:
+        if look(monitor).run in RUNS and loses_pages(monitor):
+            text = f"{version_words(monitor)} without KVM loses pages that the guest at {path} writes meanwhile"
+            raise WrongUsage(f"{text}, and {why}", f"{hint}; or --live-anyway, which risks that")
 
 
 def ram_blocks(monitor: Monitor) -> dict[str, tuple[int, int]]:
@@ -274,12 +344,15 @@ def _cont(monitor: Monitor, path: str, force: bool) -> Standing:
     marks.hold(monitor)
     after = cont_in(monitor)
     marks.stay(monitor)
+    if not after.moving:
+        with contextlib.suppress(Refused):
+            tidy(monitor)
     return after
 
 
 def lost_its_snapshot(standing: Standing, pid: int) -> bool:
     """Whether a guest waits for ever at a page that it may not write into."""
-    runs = standing.run in ("running", "suspended") and not standing.moving
+    runs = standing.run in RUNS and not standing.moving
     return runs and userfault.waits(pid) and userfault.protected(pid)
 
 
@@ -298,9 +371,12 @@ def announce(monitor: Monitor, rhythm: dict[str, int] | None = None) -> None:
 
 
 def rhythm_of(monitor: Monitor) -> dict[str, int]:
+    """The rhythm of its parameters; for a guest that is being restored, as they were before."""
     had = monitor.ask("query-migrate-parameters")
+    if left := left_behind(monitor):
+        had = {**had, **left.parameters}
     values = {name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE}
-    # No rounds: silenced for a restore, perhaps one that was killed.
+    # Who has set no rounds does not want QEMU's announcement; ours was asked for.
     return {**values, "rounds": values["rounds"] or ANNOUNCE["rounds"]}
 
 
@@ -313,7 +389,7 @@ def run_on(monitor: Monitor, rhythm: dict[str, int] | None = None) -> Standing:
     monitor.ask("cont")
     standing = look(monitor)
     # Where an image cannot be taken, some versions answer well and stay paused.
-    if standing.run not in ("running", "suspended"):
+    if standing.run not in RUNS:
         raise Refused("cont", f"the guest stays '{standing.run}'")
     return standing
 
@@ -390,13 +466,20 @@ class Sending:
         downtime: int | None = None,
         on: tuple[str, ...] = ON,
         mark: dict[str, Any] | None = None,
+        live_anyway: bool = False,
     ) -> None:
-        """mark: facts about the move, to be left in the guest; None where its state goes into a file."""
+        """mark: facts about the move, to be left in the guest; None where its state goes into a file.
+
+        live_anyway: do not pause the guest first where a live migration may lose pages.
+        """
         self.path = path
         self._mark = mark
         self._rate = rate
         self._downtime = downtime
         self._on = on
+        self._live_anyway = live_anyway
+        # The QEMU that made it necessary to pause the guest first, in words; None where it was not.
+        self.paused_first: str | None = None
         self.found = Found()
         self._stopped = False
         self.begun = False
@@ -408,12 +491,14 @@ class Sending:
     ) -> None:
         """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called.
 
-        take: what belongs to the instant in which it stands.  Once `begun` is true there is something for `take_back`
-        to undo, also where this raises.
+        It is stopped as well where a live migration may lose pages.  take: what belongs to the instant in which it
+        stands.  Once `begun` is true there is something for `take_back` to undo, also where this raises.
         """
 
         def send(monitor: Monitor) -> None:
-            if (stopped or take) and self.found.ran:
+            if self.found.ran and not (stopped or take or self._live_anyway) and loses_pages(monitor):
+                self.paused_first = version_words(monitor)
+            if (stopped or take or self.paused_first) and self.found.ran:
                 watch()
                 self._stopped = True
                 monitor.ask("stop")
@@ -467,7 +552,7 @@ class Sending:
         with Monitor(self.path) as monitor:
             standing = require_sendable(monitor, self.path)
             marks.refuse(marks.read(monitor), standing.run, standing.given_away, self.path)
-            self.found.ran = standing.run in ("running", "suspended")
+            self.found.ran = standing.run in RUNS
             self.begun = True
             try:
                 marks.clear(monitor)
@@ -499,17 +584,21 @@ class Sending:
             patiently(self.path, self.found.put_back)
         return standing
 
-    def take_back(self) -> Standing:
-        """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
-        wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
-        return patiently(self.path, self._take_back)
+    def take_back(self, *, doubt: bool = True) -> Standing:
+        """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again.
 
-    def _take_back(self, monitor: Monitor) -> Standing:
+        doubt: another QEMU may hold the guest, and ask for it later.
+        """
+        wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
+        return patiently(self.path, lambda monitor: self.taken_back(monitor, doubt=doubt))
+
+    def taken_back(self, monitor: Monitor, *, doubt: bool = True) -> Standing:
+        """The same within a conversation, once QEMU has noticed."""
         standing = look(monitor)
         if standing.moving or standing.given_away:
             words = f"another migration of the guest at {self.path} has begun meanwhile ({standing.migration})"
             raise Unsettled(words, f"vm-status {self.path}")
-        marks.keep(monitor, (self._mark or {}).get("move"))
+        marks.keep(monitor, (self._mark or {}).get("move") if doubt else None)
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)

@@ -29,36 +29,43 @@ HALTED = "vmstate-halted"
 # In a hint, what only the reader knows: the way to the other side.
 URI = "URI-OF-THE-SOURCE"
 ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED, LAZY, HALTED)
+# What a command has changed in the settings of its QEMU, as it was before.
+SETTINGS = "vmstate-settings"
 
 Marks = dict[str, dict[str, Any]]
 
 
 def read(monitor: Monitor) -> Marks:
     """The marks of a guest, each with its facts (none where another hand has set it)."""
-    return {name: _facts(monitor, name) for name in names(monitor)}
+    return {name: facts(monitor, name) for name in names(monitor)}
 
 
-def names(monitor: Monitor) -> list[str]:
+def names(monitor: Monitor, of: tuple[str, ...] = ALL) -> list[str]:
     found = {entry["name"] for entry in monitor.ask("qom-list", path="/objects")}
-    return [name for name in ALL if name in found]
+    return [name for name in of if name in found]
 
 
-def _facts(monitor: Monitor, name: str) -> dict[str, Any]:
+def facts(monitor: Monitor, name: str) -> dict[str, Any]:
     with contextlib.suppress(Refused, ValueError):
-        facts = json.loads(monitor.ask("qom-get", path=f"/objects/{name}", property="data"))
-        if isinstance(facts, dict):
-            return facts
+        values = json.loads(monitor.ask("qom-get", path=f"/objects/{name}", property="data"))
+        if isinstance(values, dict):
+            return values
     return {}
 
 
-def put(monitor: Monitor, name: str, **facts: Any) -> None:
-    monitor.ask("object-add", **{"qom-type": "secret", "id": name, "data": json.dumps(facts)})
+def put(monitor: Monitor, name: str, **values: Any) -> None:
+    monitor.ask("object-add", **{"qom-type": "secret", "id": name, "data": json.dumps(values)})
+
+
+def remove(monitor: Monitor, name: str) -> None:
+    """The mark is not there any more, or was not."""
+    with contextlib.suppress(Refused):
+        monitor.ask("object-del", id=name)
 
 
 def clear(monitor: Monitor) -> None:
     for name in names(monitor):
-        with contextlib.suppress(Refused):
-            monitor.ask("object-del", id=name)
+        remove(monitor, name)
 
 
 def hold(monitor: Monitor) -> None:
@@ -72,7 +79,8 @@ def stay(monitor: Monitor) -> None:
     """The guest runs here now, by somebody's word."""
     found = read(monitor)
     if MOVED in found:
-        keep(monitor, found[MOVED].get("move"))
+        # Heard to run there, it is asked for by nobody any more.
+        keep(monitor, None if HEARD in found else found[MOVED].get("move"))
     elif TAKEN in found:
         clear(monitor)
         put(monitor, ARRIVED, **found[TAKEN])

@@ -14,6 +14,7 @@ from .command import hold_signals, no_more_signals, release_signals, signals_wai
 from .dump import Dump, sample_of, words_of
 from .dump import Plan as DumpPlan
 from .errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
+from .guard import Guard
 from .guest import Standing
 from .octets import kind
 from .progress import Progress, Sample
@@ -68,6 +69,7 @@ class Plan:
     Over a link: `commit` seconds for the other side's word, a pipeline `through` which the data go, whether the other
     side is to `announce` the guest and set its `clock`; `log` is where the words of a detached move go.
     postcopy: when the limits are passed, let it cross over and fetch the rest of its pages then.
+    live_anyway: do not pause the guest first where a live migration may lose pages.
     """
 
     path: str
@@ -84,6 +86,7 @@ class Plan:
     log: str | None = None
     clock: bool = False
     postcopy: bool = False
+    live_anyway: bool = False
 
 
 class Move:
@@ -98,10 +101,13 @@ class Move:
         on = (("return-path",) if plan.target.answers else ()) + plan.on
         mark = {"uri": plan.target.uri}
         self._sending = guest.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
+        self._guard: Guard | None = None
 
     def begin(self) -> None:
-        """QEMU sends, and goes on by itself."""
+        """QEMU sends, and goes on by itself; what was set for it is put back in the end, whether we stay or not."""
+        require_live(self._plan)
         hold_signals()
+        self._guard = Guard(self._plan.path, self._sending.found.owner)
         try:
             self._sending.move(self._plan.target.uri, self._plan.target.fd)
         except BaseException as error:
@@ -123,6 +129,8 @@ class Move:
             info = self._sending.completed().info
         except VmstateError as error:
             raise Unsettled(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
+        assert self._guard
+        self._guard.done()
         return self._outcome(info, guest.finish(path, self._plan.after))
 
     def _follow(self) -> None:
@@ -157,12 +165,15 @@ class Move:
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
+        assert self._guard
         if not self._sending.begun:
+            self._guard.done()
             return error
         path = self._plan.path
         try:
             self._cancel()
             standing = self._sending.take_back()
+            self._guard.done()
         except GuestGone as gone:
             return Unsettled(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
         except VmstateError as trouble:
@@ -207,6 +218,13 @@ def too_long(plan: Plan, standing: Standing, started: float) -> str | None:
     return None
 
 
+def require_live(plan: Plan) -> None:
+    """WrongUsage where the guest is to be paused first, and nobody of ours is at the other end to resume it."""
+    if not plan.live_anyway:
+        why = f"over {plan.target.uri} nobody could resume it, were it paused first"
+        guest.require_live(plan.path, why, "use link: or ssh://, over which it is paused first and resumed there")
+
+
 def _is_moved(path: str) -> bool:
     try:
         return guest.glance(path).given_away
@@ -216,6 +234,7 @@ def _is_moved(path: str) -> bool:
 
 def into_command(plan: Plan, report: Report, mode: str) -> dict[str, Any]:
     """The move into a shell's command, whose exit status counts: a dump."""
-    to = plan.target.command
-    dump = DumpPlan(plan.path, after=plan.after, rate=plan.rate, downtime=plan.downtime, to=to)
+    require_live(plan)
+    limits = plan.rate, plan.downtime, plan.target.command
+    dump = DumpPlan(plan.path, False, plan.after, *limits, live_anyway=plan.live_anyway)
     return {**Dump(dump, report, mode).run(), "uri": plan.target.uri}

@@ -3,7 +3,7 @@
 import contextlib
 from typing import Any
 
-from . import decision, guest, link
+from . import decision, guest, link, marks
 from .command import no_more_signals
 from .crossing import resume
 from .decision import standing_of
@@ -67,7 +67,16 @@ def _settle(path: str, way: Way | None, here: dict[str, Any], sure: bool) -> dic
         return _destination(path, way, move, here["facts"], sure)
     if here["state"] in ("given", "granted") and here.get("move"):
         return _source(path, way, move)
+    if here["state"] == "here" and here.get("move") and way:
+        _forget(path, way, move)
     return {"guest": path, "where": "here", "state": here["run"]}
+
+
+def _forget(path: str, way: Way, move: str) -> None:
+    """Where the other side does not hold the guest of a move that was taken back, nobody will ask for it any more."""
+    with contextlib.suppress(VmstateError):
+        if _ask(way, move) not in ("loaded", "loading"):
+            guest.patiently(path, marks.clear)
 
 
 def _source(path: str, way: Way | None, move: str) -> dict[str, Any]:

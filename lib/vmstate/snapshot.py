@@ -18,15 +18,11 @@ from .check import State
 from .command import no_more_signals, release_signals
 from .dump import Dump, sample
 from .errors import CannotDo, Refused, Stopped, VmstateError
-from .guard import Guard
+from .guard import Drain
 from .monitor import Monitor
 from .octets import BLOCK
 from .progress import Progress
-from .stage import Stage
 
-# How long QEMU may take to send all, or another client may hold its monitor: with nobody to take what it sends the
-# guest would wait for ever.
-DRAINS = 1e9
 WORDS = {
     "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or for root alone: "
     "sysctl vm.unprivileged_userfaultfd=1",
@@ -81,18 +77,17 @@ class Snapshot(Dump):
             raise self._put_back(error) from error
         with contextlib.suppress(Refused):
             guest.patiently(self._plan.path, self._sending.found.put_back)
-        if self._guard:
-            self._guard.done()
+        self._guard.done()
         after = guest.glance(self._plan.path)
         outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
         # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
         hugepages.make_whole(pid, huge)
         return outcome
 
-    def _make_guard(self) -> Guard:
-        held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
+    @property
+    def _drain(self) -> Drain:
         ours = self._ours.fileno()
-        return Guard(self._plan.path, *held, snapshot=(ours, lambda: drain(self._plan.path, ours)), undo=self._undo)
+        return ours, lambda: drain(self._plan.path, ours)
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
@@ -110,7 +105,6 @@ class Snapshot(Dump):
         return super()._put_back(error)
 
     def _send(self) -> State:
-        assert self._guard
         self._guard.watch()
         if self._disks:
             self._disks.prepare()
@@ -178,11 +172,11 @@ def discarding(fd: int) -> Iterator[None]:
 def drain(path: str, fd: int) -> None:
     """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
     with discarding(fd):
-        had = guest.patiently(path, _unlimited, DRAINS)
+        had = guest.patiently(path, _unlimited, guest.FOR_EVER)
         if had is None:
             return
         try:
-            guest.wait_for(path, lambda standing: not standing.moving, DRAINS, "to end its snapshot")
+            guest.wait_for(path, lambda standing: not standing.moving, guest.FOR_EVER, "to end its snapshot")
         finally:
             guest.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
 

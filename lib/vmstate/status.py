@@ -9,7 +9,7 @@ from typing import Any
 from . import marks
 from .command import signals_wait
 from .dump import sample_of
-from .guest import LEFT_OVER, Standing, glance, look, lost_its_snapshot
+from .guest import LEFT_OVER, Standing, glance, left_behind, look, lost_its_snapshot
 from .monitor import Monitor
 from .progress import Sample
 from .report import printable, time_words
@@ -70,8 +70,10 @@ def of(path: str) -> Status:
         standing = look(monitor)
         capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
         found = marks.read(monitor)
+        left = left_behind(monitor)
         lost = lost_its_snapshot(standing, monitor.pid())
-    leftovers = () if standing.moving else tuple(sorted(capabilities & set(LEFT_OVER)))
+    changed = set(left.parameters) if left else set()
+    leftovers = () if standing.moving else tuple(sorted(capabilities & set(LEFT_OVER) | changed))
     if lost:
         words = "stands still: its pages are protected still, for a snapshot that was lost"
         return Status(path, standing, (), words, (f"vm-cont {shlex.quote(path)}",))

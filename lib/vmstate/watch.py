@@ -37,7 +37,6 @@ class Watch:
         self.switch: Callable[[], object] | None = None
         self._plan = plan
         self._outgoing = outgoing
-        self._found = found
         self._interrupt = interrupt
         self._most = found.parameters.get(PAUSE, FIRST_PAUSE) if plan.downtime is None else 0
         self._pause, self._round = FIRST_PAUSE, 0
@@ -77,7 +76,6 @@ class Watch:
         if self._pause >= self._most or now <= max(self._round, 2):
             return
         self._round, self._pause = now, min(self._most, 2 * self._pause)
-        self._found.changed[PAUSE] = self._pause
         monitor.ask("migrate-set-parameters", **{PAUSE: self._pause})
 
     def _judge(self, standing: Standing, stalled: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,46 @@ BIN = Path(sys.executable).parent
 os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin"
 os.environ.setdefault("LC_ALL", "C.UTF-8")
 
-from vm import Guest, make_disk, save, saved_guest, start_from  # noqa: E402
+from vm import Guest, default_qemu, make_disk, save, saved_guest, start_from  # noqa: E402
+
+# The environment of a user, for tests of what is done by default on any QEMU.
+AS_TYPED = dict(os.environ)
+LIVE_SCRIPT = """#!/bin/sh
+case " $* " in
+*' --stop '* | *' --snapshot'* | *' --disks-commit '* | *' --settle '*) exec {command} "$@" ;;
+esac
+exec {command} --live-anyway "$@"
+"""
+
+
+def _loses_pages() -> bool:
+    """Whether the guests' QEMU loses pages in a live migration: before 9.0, without KVM."""
+    if os.environ.get("VM_ACCEL", "tcg") != "tcg":
+        return False
+    try:
+        said = subprocess.run([*default_qemu(), "--version"], stdout=subprocess.PIPE, text=True, timeout=30).stdout
+    except OSError:
+        return False
+    version = re.search(r"version (\d+)", said)
+    return bool(version) and int(version[1]) < 9
+
+
+def _live_all_the_same() -> None:
+    """In front of the commands: those that send a guest live do so where QEMU would have them pause it first."""
+    folder = tempfile.mkdtemp(prefix="live-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("vm-dump", "vm-migrate"):
+        script = Path(folder, name)
+        script.write_text(LIVE_SCRIPT.format(command=BIN / name))
+        script.chmod(0o755)
+    os.chmod(folder, 0o755)
+    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+
+
+# What a live migration is to be given where QEMU may lose pages.
+LIVE = "--live-anyway" if _loses_pages() else ""
+if LIVE:
+    _live_all_the_same()
 
 
 @dataclass

@@ -158,12 +158,13 @@ def _is_over(standing: "Standing") -> bool:
 def _settle(monitor: "Monitor", duty: _Duty, stopped: bool) -> None:
     from . import guest, marks
 
-    standing = guest.look(monitor)
-    if not _is_over(standing):
-        # Of another command, which has the guest now.
+    standing, left = guest.look(monitor), guest.left_behind(monitor)
+    ours = left is not None and left.owner == duty.owner
+    if not _is_over(standing) or (left and not ours):
+        # Another command has the guest now.
         return
     if not standing.given_away:
-        if marks.MOVED in marks.names(monitor):
+        if ours and marks.MOVED in marks.names(monitor):
             marks.keep(monitor, duty.move)
         # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
         if stopped and standing.run in ("paused", "postmigrate"):

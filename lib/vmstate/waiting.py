@@ -8,7 +8,7 @@ from typing import Any
 
 from . import marks
 from .errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
-from .guest import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, run_on, wait_for
+from .guest import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, run_on, tidy, wait_for
 from .monitor import Monitor
 
 # How long a QEMU may take to see that its channel has ended, in seconds.
@@ -179,9 +179,10 @@ class Waiting:
             ) from error
 
     def afterwards(self, monitor: Monitor) -> None:
-        """What has time once the guest runs: put back what was found."""
+        """What has time once the guest runs: put back what was found, or what one before us has left."""
         with contextlib.suppress(Refused):
             self.found.put_back(monitor)
+            tidy(monitor)
 
     def nic_facts(self) -> tuple[str, int, list[dict[str, Any]]]:
         """`info network`, the process id of QEMU, and `query-rx-filter` of a guest."""

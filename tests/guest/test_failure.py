@@ -110,15 +110,35 @@ def test_a_signal_to_vm_dump(guests: Guests, work: Path, number: signal.Signals,
         dump.kill()
         dump.wait(10)
     until(lambda: not sending(source) and source.status() == "running", 20, "it runs on")
-    if number == signal.SIGKILL:
-        done = shell("vm-status a.qmp; vm-dump -q --after running a.qmp > again", work)
-        assert done.status == 0, done.err
-        # With --stop there is a guard, which puts that back as well.
-        assert mode or "left over from a command that was killed: return-path" in done.text
-        # A rate that was left over cannot be told from one that somebody wants.
-        source.cmd("migrate-set-parameters", **{"max-bandwidth": 128 << 20})
+    # Killed, it has a guard, which restores the settings a moment later.
+    until(lambda: not switched_on(source), 20, "the settings are restored")
     as_it_was(source)
     assert not Path(work, "s").exists()
+
+
+def switched_on(guest: Guest) -> list[str]:
+    return [c["capability"] for c in guest.cmd("query-migrate-capabilities") if c["state"]]
+
+
+@pytest.mark.parametrize("cure", ["vm-cont a.qmp", "vm-dump -q --after running a.qmp > again"])
+def test_vm_dump_and_its_guard_are_killed(guests: Guests, work: Path, cure: str) -> None:
+    """What both have left is named, and the next command restores it, the rate too."""
+    source = guests.running()
+    process = start(work, "vm-dump -q --speed 29999k a.qmp > s")
+    try:
+        until(lambda: sending(source), 20, "under way")
+        shell("pkill -9 -f '[-]-speed 29999k'", work)
+        process.wait(60)
+    finally:
+        end(process)
+    until(lambda: not sending(source) and source.status() == "running", 20, "it runs on")
+    status = shell("vm-status a.qmp", work)
+    assert "left over from a command that was killed: max-bandwidth, return-path" in status.text
+    assert source.running()
+    done = shell(cure, work)
+    assert (done.status, done.err) == (0, "")
+    as_it_was(source)
+    assert "left over" not in shell("vm-status a.qmp", work).text
 
 
 def test_ctrl_c_on_the_whole_pipeline(guests: Guests, work: Path) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 
 from measure import DEADLINE, pipeline
 from vm import Guest, Qmp, default_qemu, image
-from vmstate.description import End, judge_end
-from vmstate.octets import HOLD
+from vmstate.io.octets import HOLD
+from vmstate.stream.description import End, judge_end
 
 MIB = 1 << 20
 # In memory, so that no disk is measured; where there is no room, wherever temporary files go.

@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vm import Qmp
-from vmstate import pageserver, userfault
+from vmstate.qemu import userfault
+from vmstate.restore import pageserver
 
 monitor, left = sys.argv[1], int(sys.argv[2])
 counts = threading.Event()

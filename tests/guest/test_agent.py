@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import Guests, shell
 from vm import MAC, Guest, until
-from vmstate.agent import Agent, addresses, path_of, set_time, time_of
 from vmstate.errors import CannotDo
-from vmstate.monitor import Monitor
+from vmstate.qemu.agent import Agent, addresses, path_of, set_time, time_of
+from vmstate.qemu.monitor import Monitor
 
 from guest.judge import went_on
 

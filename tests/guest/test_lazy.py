@@ -18,10 +18,10 @@ import pytest
 from conftest import Done, Guests, run, shell
 from unit.streams import state as stream
 from vm import Guest, saved_guest, start_from, until
-from vmstate import userfault
 from vmstate.errors import Damaged
-from vmstate.pages import NORMAL
-from vmstate.vmzfile import VmzFile
+from vmstate.qemu import userfault
+from vmstate.stream.pages import NORMAL
+from vmstate.vmz.vmzfile import VmzFile
 
 from guest.judge import as_it_was, still_waits, went_on
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Done, Guests, shell
 from vm import Guest, QmpError, until
-from vmstate import link as protocol
+from vmstate.migrate import link as protocol
 
 from guest.judge import as_it_was, same_memory, went_on
 from guest.test_migrate import MIB, migrating
@@ -340,7 +340,7 @@ def test_a_receiver_that_speaks_in_riddles(guests: Guests, work: Path) -> None:
     """What comes from the other side is not trusted."""
     source = guests.running()
     for words in ('{"status": [1], "hints": 5}', "[" * 100000, '{"message": "\\u001b[2J", "status": 1}', "{}"):
-        say = f"import sys; sys.path.insert(0, {str(ROOT / 'lib')!r}); from vmstate import link; import zlib\n"
+        say = f"import sys; sys.path.insert(0, {str(ROOT / 'lib')!r}); from vmstate.migrate import link; import zlib\n"
         say += f"p = {words!r}.encode(); h = link.HEAD.pack(b'vml1', ord('R'), 1, len(p))\n"
         say += "sys.stdout.buffer.write(h + link.SUM.pack(zlib.crc32(p, zlib.crc32(h))) + p)"
         (work / "say.py").write_text(say)

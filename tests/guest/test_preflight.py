@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from conftest import Guests
 from vm import MAC, Guest, until
-from vmstate import cpuid
-from vmstate.monitor import Monitor
-from vmstate.preflight import Finding, compare, facts
+from vmstate.migrate.preflight import Finding, compare, facts
+from vmstate.qemu import cpuid
+from vmstate.qemu.monitor import Monitor
 
 
 def known(guest: Guest) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Guests, run, shell
 from vm import MAC, Guest, until
-from vmstate import hugepages
+from vmstate.qemu import hugepages
 
 from guest.judge import as_it_was, went_on
 from guest.test_failure import dumper, end, start

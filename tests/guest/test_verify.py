@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, shell
 from vm import Guest
-from vmstate import layout
-from vmstate.description import description_at_end
-from vmstate.octets import HOLD, FdReader
-from vmstate.reader import StateReader
-from vmstate.records import Packed, Pages
+from vmstate.io.octets import HOLD, FdReader
+from vmstate.stream import layout
+from vmstate.stream.description import description_at_end
+from vmstate.stream.reader import StateReader
+from vmstate.stream.records import Packed, Pages
 
 from guest.judge import still_waits, went_on
 

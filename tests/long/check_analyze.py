@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from unit.streams import state
 from unit.test_devices import ALL, devices, encoded
-from vmstate import devices as library
-from vmstate.devices import Device, Field, Struct
+from vmstate.stream import devices as library
+from vmstate.stream.devices import Device, Field, Struct
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "analyze"
 SUITE = "trixie"

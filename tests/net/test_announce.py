@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from vmstate import nics
-from vmstate.nics import Nic
+from vmstate.net import nics
+from vmstate.net.nics import Nic
 
 from net import wires
 from net.wires import (
@@ -115,7 +115,7 @@ def test_a_macvtap_by_its_descriptor(namespaces, tmp_path):
     host.ip("link set mv0 up")
     script = """
 import os, sys
-from vmstate import nics
+from vmstate.net import nics
 (name,) = os.listdir("/sys/class/net/mv0/macvtap")
 major, minor = map(int, open(f"/sys/class/net/mv0/macvtap/{name}/dev").read().split(":"))
 os.mknod(sys.argv[1], 0o20600, os.makedev(major, minor))

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 from scapy.all import ARP, Dot1AD, Dot1Q, Ether, ICMPv6ND_NA, ICMPv6NDOptDstLLAddr, IPv6, rdpcap
-from vmstate import frames
-from vmstate.nics import Nic
+from vmstate.net import frames
+from vmstate.net.nics import Nic
 
 from net import wires
 from net.wires import ONE, TWO, WAIT, of, until

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Guests
 from vm import MAC, Guest, until
-from vmstate import agent
+from vmstate.qemu import agent
 
 from net.hosts import GUEST, Client, Hosts, source_on_a, waiting_on_b
 

@@ -11,8 +11,8 @@ import time
 
 import pytest
 from scapy.all import ARP, Dot1Q, Ether, ICMPv6ND_NA, ICMPv6ND_NS, IPv6
-from vmstate import frames
-from vmstate.nics import Nic
+from vmstate.net import frames
+from vmstate.net.nics import Nic
 
 from net import wires
 from net.wires import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Guests
 from vm import MAC, Guest
-from vmstate.preflight import Finding, compare
+from vmstate.migrate.preflight import Finding, compare
 
 from net.hosts import ADDRESS, Hosts, hosts, ip
 
@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.root, pytest.mark.guest]
 
 FACTS = """
 import json, sys
-from vmstate import monitor, preflight
+from vmstate.qemu import monitor
+from vmstate.migrate import preflight
 with monitor.Monitor(sys.argv[1]) as m:
     json.dump(preflight.facts(m), sys.stdout)
 """

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from vmstate import frames
+from vmstate.net import frames
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "bin/vm-announce")]

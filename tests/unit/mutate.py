@@ -21,11 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vmstate import layout
-from vmstate.check import judge
 from vmstate.errors import Damaged
-from vmstate.reader import StateReader
-from vmstate.records import (
+from vmstate.inspect.survey import survey
+from vmstate.stream import layout
+from vmstate.stream.check import judge
+from vmstate.stream.reader import StateReader
+from vmstate.stream.records import (
     Bitmap,
     Blocks,
     Command,
@@ -42,8 +43,7 @@ from vmstate.records import (
     Section,
     Start,
 )
-from vmstate.survey import survey
-from vmstate.writer import encode
+from vmstate.stream.writer import encode
 
 from unit.streams import Pieces, state
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vmstate import packing, vmz
 from vmstate.errors import Damaged
-from vmstate.index import BlockIndex
-from vmstate.vmzfile import CACHE, VmzFile, vmz_file
+from vmstate.vmz import packing, vmz
+from vmstate.vmz.index import BlockIndex
+from vmstate.vmz.vmzfile import CACHE, VmzFile, vmz_file
 
 from unit.streams import Pieces
 

@@ -3,9 +3,10 @@
 import os
 
 import pytest
-from vmstate import acceptance, nics, places
-from vmstate.nics import Nic
-from vmstate.places import Target
+from vmstate.announce import acceptance
+from vmstate.net import nics, places
+from vmstate.net.nics import Nic
+from vmstate.net.places import Target
 
 MAC = "52:54:00:12:34:56"
 TAP = Target(Nic(MAC, "tap0"), "br0", "tap0")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmstate.agent import Agent, addresses, set_time, time_of
 from vmstate.errors import CannotDo
+from vmstate.qemu.agent import Agent, addresses, set_time, time_of
 
 Answers = Callable[[dict[str, Any]], bytes]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from vmstate import compression, packing, zstd
-from vmstate.compression import Members, recognise, unpacked
 from vmstate.errors import Damaged
-from vmstate.octets import BLOCK, Reader
-from vmstate.zstd import Unzstd
+from vmstate.io.octets import BLOCK, Reader
+from vmstate.vmz import compression, packing, zstd
+from vmstate.vmz.compression import Members, recognise, unpacked
+from vmstate.vmz.zstd import Unzstd
 
 from unit.streams import Pieces
 

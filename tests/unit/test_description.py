@@ -5,10 +5,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmstate import layout
-from vmstate.description import description_at_end, find_end, judge_end
 from vmstate.errors import Damaged
-from vmstate.octets import HOLD
+from vmstate.io.octets import HOLD
+from vmstate.stream import layout
+from vmstate.stream.description import description_at_end, find_end, judge_end
 
 from unit.streams import NAMES, state
 

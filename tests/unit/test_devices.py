@@ -11,11 +11,21 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmstate import facts, layout
-from vmstate.check import judge
-from vmstate.description import _size, description_at_end
-from vmstate.devices import NUMBERS, Device, Field, Struct, decode, decode_part, find_field, parse_description, to_json
 from vmstate.errors import Damaged
+from vmstate.stream import facts, layout
+from vmstate.stream.check import judge
+from vmstate.stream.description import _size, description_at_end
+from vmstate.stream.devices import (
+    NUMBERS,
+    Device,
+    Field,
+    Struct,
+    decode,
+    decode_part,
+    find_field,
+    parse_description,
+    to_json,
+)
 
 from unit.streams import NAMES, Pieces, names, refused, state
 

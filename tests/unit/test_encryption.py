@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from vmstate.encryption import Cipher, Receivers
+from vmstate.encrypt.encryption import Cipher, Receivers
+from vmstate.encrypt.gpg import Means, Passphrase
 from vmstate.errors import Damaged
-from vmstate.gpg import Means, Passphrase
 
 from unit.streams import state
 

@@ -1,10 +1,11 @@
 """What is looked up beyond a line, and in which order it counts."""
 
-from vmstate import asking, finding, nics
-from vmstate.asking import Told
-from vmstate.finding import AGENT, FILTER, FORWARDING, NEIGHBOURS, Found
-from vmstate.nics import Nic
-from vmstate.places import Target
+from vmstate.announce import asking, finding
+from vmstate.announce.asking import Told
+from vmstate.announce.finding import AGENT, FILTER, FORWARDING, NEIGHBOURS, Found
+from vmstate.net import nics
+from vmstate.net.nics import Nic
+from vmstate.net.places import Target
 
 ONE, TWO, THREE = "52:54:00:12:34:56", "52:54:00:12:34:57", "52:54:00:12:34:58"
 

@@ -5,7 +5,7 @@ import ipaddress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate import frames
+from vmstate.net import frames
 
 MAC = "52:54:00:12:34:56"
 PADDING = "00" * 18

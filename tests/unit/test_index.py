@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmstate import index, layout, packing, vmz
-from vmstate.check import State
 from vmstate.errors import CannotDo
-from vmstate.pages import AGAIN, NORMAL, ZERO, PageMap
-from vmstate.reader import StateReader
-from vmstate.records import Block, Blocks, EndOfBody, Packed, Pages, Record
-from vmstate.statefile import RawFile, state_of
-from vmstate.survey import survey, survey_index
-from vmstate.vmzfile import VmzFile
-from vmstate.writer import encode
+from vmstate.inspect.survey import survey, survey_index
+from vmstate.stream import layout
+from vmstate.stream.check import State
+from vmstate.stream.pages import AGAIN, NORMAL, ZERO, PageMap
+from vmstate.stream.reader import StateReader
+from vmstate.stream.records import Block, Blocks, EndOfBody, Packed, Pages, Record
+from vmstate.stream.writer import encode
+from vmstate.vmz import index, packing, vmz
+from vmstate.vmz.statefile import RawFile, state_of
+from vmstate.vmz.vmzfile import VmzFile
 
 from unit.packed import kept, pack
 from unit.streams import GOOD, Pieces, state

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmstate import manifest
-from vmstate.disks import INTERNAL, OVERLAY, check_tag, stem
+from vmstate.checkpoint import manifest
+from vmstate.checkpoint.disks import INTERNAL, OVERLAY, check_tag, stem
 from vmstate.errors import CannotDo, Damaged, Misfit, WrongUsage
-from vmstate.identity import Once
+from vmstate.stream.identity import Once
 
 
 def made(folder: Path, **changed: Any) -> manifest.Manifest:

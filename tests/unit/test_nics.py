@@ -5,9 +5,9 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate import nics
 from vmstate.errors import Damaged, WrongUsage
-from vmstate.nics import Nic
+from vmstate.net import nics
+from vmstate.net.nics import Nic
 
 ONE, TWO = "52:54:00:12:34:56", "52:54:00:12:34:57"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate import octets
 from vmstate.errors import CannotDo, WrongUsage
-from vmstate.octets import FdReader, Output, Pushback, read_up_to, unread, wait_until_read, write_all
+from vmstate.io import octets
+from vmstate.io.octets import FdReader, Output, Pushback, read_up_to, unread, wait_until_read, write_all
 
 from unit.streams import Pieces
 

@@ -1,8 +1,8 @@
 """Outer packets of messages made by hand: every form that a packet has."""
 
 import pytest
+from vmstate.encrypt.openpgp import Message, Receiver, look, look_ahead
 from vmstate.errors import Damaged
-from vmstate.openpgp import Message, Receiver, look, look_ahead
 
 
 class Bytes:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vmstate import order
 from vmstate.errors import CannotDo, Damaged, VmstateError
+from vmstate.restore import order
 
 # Names of QEMU: printable, and one with a blank within.
 BLOCK = st.sampled_from([b"pc.ram", b"0000:00:02.0/vga.vram", b"/rom@etc/acpi/tables", b"a b"])

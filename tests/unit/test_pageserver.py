@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 from vm import until
-from vmstate import layout
 from vmstate.errors import CannotDo, Damaged
-from vmstate.pageserver import Lost, PageServer, Place
-from vmstate.postcopy import PAGE, Opening, ReturnPath, have_of, opening_of
-from vmstate.reader import StateReader
-from vmstate.records import Pages
-from vmstate.statefile import RawFile, StateFile
-from vmstate.vmzfile import VmzFile
+from vmstate.restore.pageserver import Lost, PageServer, Place
+from vmstate.restore.postcopy import PAGE, Opening, ReturnPath, have_of, opening_of
+from vmstate.stream import layout
+from vmstate.stream.reader import StateReader
+from vmstate.stream.records import Pages
+from vmstate.vmz.statefile import RawFile, StateFile
+from vmstate.vmz.vmzfile import VmzFile
 
 from unit.streams import Pieces, state
 

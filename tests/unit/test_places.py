@@ -4,9 +4,9 @@ import os
 import socket
 
 import pytest
-from vmstate import netlink, openvswitch, places
 from vmstate.errors import CannotDo
-from vmstate.nics import Nic
+from vmstate.net import netlink, openvswitch, places
+from vmstate.net.nics import Nic
 
 MAC = "52:54:00:12:34:56"
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from streams.walk import Walk
-from vmstate import layout
 from vmstate.errors import CannotDo
-from vmstate.postcopy import BITMAP_END, BITMAP_LIMIT, NoIndex, NotLazy, Opening, ReturnPath, Said, opening_of
-from vmstate.statefile import RawFile
+from vmstate.restore.postcopy import BITMAP_END, BITMAP_LIMIT, NoIndex, NotLazy, Opening, ReturnPath, Said, opening_of
+from vmstate.stream import layout
+from vmstate.vmz.statefile import RawFile
 
 from unit.streams import GOOD, state
 

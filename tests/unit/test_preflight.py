@@ -4,8 +4,8 @@ import copy
 import json
 
 import pytest
-from vmstate import cpuid, gather, qtree
-from vmstate.preflight import Finding, compare
+from vmstate.migrate.preflight import Finding, compare
+from vmstate.qemu import cpuid, gather, qtree
 
 FILE = {"block": False, "id": [1, 2], "world": None, "head": "x"}
 MEDIUM = {"format": "qcow2", "size": 8, "ro": False, "name": "/d", "file": FILE, "temporary": False}

@@ -3,13 +3,13 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate import layout
 from vmstate.errors import Damaged
-from vmstate.octets import Window
-from vmstate.pages import AGAIN, CHUNK, NORMAL, UNSENT, ZERO, PageMap
-from vmstate.ram import Ram
-from vmstate.records import Block, Blocks, EndOfBody, Packed, Pages, Record
-from vmstate.writer import encode
+from vmstate.io.octets import Window
+from vmstate.stream import layout
+from vmstate.stream.pages import AGAIN, CHUNK, NORMAL, UNSENT, ZERO, PageMap
+from vmstate.stream.ram import Ram
+from vmstate.stream.records import Block, Blocks, EndOfBody, Packed, Pages, Record
+from vmstate.stream.writer import encode
 
 from unit.streams import Pieces
 

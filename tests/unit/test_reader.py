@@ -9,14 +9,14 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate import layout
-from vmstate.check import judge
 from vmstate.errors import Damaged
-from vmstate.octets import FdReader, Window, channel
-from vmstate.ram import Ram
-from vmstate.reader import StateReader
-from vmstate.records import Command, Description, Devices, EndOfBody, Footer, Pages, Record, Section
-from vmstate.writer import encode
+from vmstate.io.octets import FdReader, Window, channel
+from vmstate.stream import layout
+from vmstate.stream.check import judge
+from vmstate.stream.ram import Ram
+from vmstate.stream.reader import StateReader
+from vmstate.stream.records import Command, Description, Devices, EndOfBody, Footer, Pages, Record, Section
+from vmstate.stream.writer import encode
 
 from unit.streams import BAD, GOOD, Pieces, names, refused, state
 

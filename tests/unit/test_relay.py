@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from vmstate.relay import Outgoing
+from vmstate.dump.relay import Outgoing
 
 from unit.streams import state
 

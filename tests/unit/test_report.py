@@ -4,9 +4,9 @@ import json
 
 import pytest
 from vmstate.errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError, WrongUsage
-from vmstate.process import check_arguments, monitor_path
+from vmstate.qemu.process import check_arguments, monitor_path
+from vmstate.qemu.waiting import refusal
 from vmstate.report import Report, rate_value, size_words, time_words
-from vmstate.waiting import refusal
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmstate import compression, index, packing, vmz, zstd
-from vmstate.check import judge
 from vmstate.errors import Damaged
-from vmstate.octets import HOLD, FdReader, read_up_to
-from vmstate.statefile import state_of
-from vmstate.vmzfile import vmz_file
+from vmstate.io.octets import HOLD, FdReader, read_up_to
+from vmstate.stream.check import judge
+from vmstate.vmz import compression, index, packing, vmz, zstd
+from vmstate.vmz.statefile import state_of
+from vmstate.vmz.vmzfile import vmz_file
 
 from unit.packed import (
     HARMLESS,

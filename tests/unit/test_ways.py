@@ -4,7 +4,7 @@ import re
 import subprocess
 
 import pytest
-from vmstate import ways
+from vmstate.migrate import ways
 
 URI = "ssh://hostb:2222/run/b.qmp"
 

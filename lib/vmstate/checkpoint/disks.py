@@ -1,0 +1,322 @@
+"""The writable disks of a running guest: a point in time of all of them at once, and back (QMP, qapi/transaction.json).
+
+An overlay lies beside the image that it freezes, as STEM.TAG.qcow2; an internal snapshot has the tag as its name.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ..errors import CannotDo, Refused, WrongUsage
+from ..qemu.gather import RAW, innermost
+from ..qemu.guest import patiently, wait_for
+from ..qemu.monitor import Monitor
+
+OVERLAY, INTERNAL = "overlay", "internal"
+MODES = (OVERLAY, INTERNAL)
+ANOTHER = "choose another tag, or take that one away"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """device, node: QEMU's names of it ('' where it has none).  chain: its image, and all below; format: of the image.
+    overlay: the file of the point in time, in that mode.  size: in bytes, as the guest has it.  snapshots: those within
+    the image, by name.  known: the image as QEMU calls it."""
+
+    device: str
+    node: str
+    format: str
+    size: int
+    chain: tuple[str, ...]
+    overlay: str = ""
+    snapshots: tuple[str, ...] = ()
+    known: str = ""
+
+    @property
+    def image(self) -> str:
+        return self.chain[0]
+
+    @property
+    def name(self) -> str:
+        return self.device or self.node
+
+
+def check_tag(tag: str) -> str:
+    """The tag; WrongUsage where it cannot be a part of a file's name and the name of a snapshot."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", tag):
+        raise WrongUsage(f"--disks: '{tag}' cannot be a tag", "letters, digits, '_', '.' and '-'")
+    return tag
+
+
+def writable(monitor: Monitor, path: str) -> list[Disk]:
+    """The disks into which the guest can write; CannotDo where one is no file."""
+    found: list[Disk] = []
+    for entry in monitor.ask("query-block"):
+        inserted = entry.get("inserted")
+        if not inserted or inserted["ro"]:
+            continue
+        name = entry["device"] or entry.get("qdev") or inserted["node-name"]
+        chain = tuple(_file(monitor, layer, path, name) for layer in _layers(inserted["image"]))
+        if re.fullmatch(r"vl\.\w{6}", os.path.basename(chain[0])):
+            text = f"the disk '{name}' of the guest at {path} was opened with -snapshot: its writes are in no file"
+            raise CannotDo(text, "start the guest without -snapshot")
+        kind = "raw" if inserted["drv"] in RAW else inserted["drv"]
+        if kind not in ("raw", "qcow2"):
+            text = f"the disk '{name}' of the guest at {path} is {kind}: no way back to it is known"
+            raise CannotDo(text, "raw and qcow2 images can be frozen")
+        size = inserted["image"]["virtual-size"]
+        names = tuple(snapshot["name"] for snapshot in inserted["image"].get("snapshots", ()))
+        known = innermost(inserted["image"]["filename"])
+        found.append(Disk(entry["device"], inserted["node-name"], kind, size, chain, snapshots=names, known=known))
+    return found
+
+
+def _layers(image: dict[str, Any]) -> Iterator[str]:
+    while image:
+        yield innermost(image["filename"])
+        image = image.get("backing-image", {})
+
+
+def _is_file(name: str) -> bool:
+    return not (name.startswith("{") or ":" in name.removeprefix("file:").split("/")[0])
+
+
+def _file(monitor: Monitor, name: str, path: str, disk: str) -> str:
+    """The whole path of a layer."""
+    if not _is_file(name):
+        text = f"the disk '{disk}' of the guest at {path} is no file, but {name}"
+        raise CannotDo(text, "take a point in time by its own means, while the guest stands: vm-dump --stop")
+    name = name.removeprefix("file:")
+    with contextlib.suppress(OSError):
+        return os.path.realpath(os.path.join(os.readlink(f"/proc/{monitor.pid()}/cwd"), name))
+    return os.path.realpath(name)
+
+
+def stem(chain: tuple[str, ...]) -> str:
+    """The path of an image without its suffix, and without the tags of the points in time that it lies on."""
+    found = os.path.splitext(chain[0])[0]
+    for below in chain[1:]:
+        parts = os.path.splitext(below)[0]
+        if chain[0].startswith(parts + "."):
+            found = parts
+    return found
+
+
+class PointInTime:
+    """One of some disks: `prepare` while the guest runs, `take` while it stands, `undo` what was done of it.
+
+    `undo` goes by what it finds, and can be called by another process, and again.  CannotDo where something of that tag
+    is there already.
+    """
+
+    def __init__(self, disks: list[Disk], tag: str, mode: str) -> None:
+        self.tag, self.mode = tag, mode
+        self._prepared = self._taken = False
+        # The files as they were at the instant
+        self.then: dict[str, os.stat_result] = {}
+        self.disks = disks
+        if mode == OVERLAY:
+            self.disks = [replace(disk, overlay=f"{stem(disk.chain)}.{tag}.qcow2") for disk in disks]
+        names = [disk.overlay for disk in self.disks if disk.overlay]
+        for disk in self.disks:
+            _require_possible(disk, mode, tag)
+            if names.count(disk.overlay) > 1:
+                raise CannotDo(f"two disks would get the same overlay, {disk.overlay}", "rename one of their images")
+
+    def prepare(self) -> None:
+        """Make empty overlays; CannotDo where one cannot be made: what was made before is taken away."""
+        made: list[str] = []
+        try:
+            for disk in self.disks if self.mode == OVERLAY else ():
+                # Under another name QEMU tells of them at greater length than it has room for.
+                below = disk.known if os.path.isabs(disk.known) else disk.image
+                create_overlay(below, disk.format, disk.size, disk.overlay)
+                made.append(disk.overlay)
+        except (CannotDo, FileExistsError) as error:
+            for name in made:
+                os.unlink(name)
+            if isinstance(error, CannotDo):
+                raise
+            raise CannotDo(f"{error.filename} is there already", ANOTHER) from error
+        self._prepared = True
+
+    def take(self, monitor: Monitor) -> None:
+        """All or none; Refused with QEMU's words."""
+        self._taken = True
+        if self.disks:
+            monitor.ask("transaction", actions=[self._action(number, disk) for number, disk in enumerate(self.disks)])
+        self.then = {disk.image: os.stat(disk.image) for disk in self.disks}
+
+    def _action(self, number: int, disk: Disk) -> dict[str, Any]:
+        if self.mode == INTERNAL:
+            return {
+                "type": "blockdev-snapshot-internal-sync",
+                "data": {"device": disk.name, "name": self.tag},
+            }
+        data = {"snapshot-file": disk.overlay, "format": "qcow2", "mode": "existing"}
+        # Names of nodes are unique in a QEMU, and have at most 31 letters.
+        named = {"node-name": disk.node, "snapshot-node-name": f"vmstate{time.time_ns():x}-{number}"}
+        return {
+            "type": "blockdev-snapshot-sync",
+            "data": {**data, **({"device": disk.device} if disk.device else named)},
+        }
+
+    def undo(self, path: str, sure: bool = False) -> None:
+        """The disks are as if it had not been; what the guest has written since stays.
+
+        sure: it was `prepare`d and `take`n by the process that is gone now.  CannotDo where the guest is gone, or has
+        given its disks away.
+        """
+        if not (self._taken or sure or (self._prepared and self.mode == OVERLAY)):
+            return
+        standing = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to have its disks")
+        if standing.given_away:
+            raise CannotDo(f"the disks of the guest at {path} stay as they are: it was given away")
+        for disk in self.disks:
+            if self.mode == INTERNAL:
+                with contextlib.suppress(Refused):
+                    patiently(path, partial(drop, name=disk.name, tag=self.tag))
+            elif os.path.lexists(disk.overlay):
+                if not merge(path, disk.overlay, disk.image):
+                    _require_unused(path, disk.overlay)
+                os.unlink(disk.overlay)
+
+
+def _require_unused(path: str, overlay: str) -> None:
+    """CannotDo where the overlay holds something, or the guest has it open: it is all that has what was written."""
+    nodes = patiently(path, lambda monitor: monitor.ask("query-named-block-nodes"))
+    opened = any(os.path.basename(overlay) in str(node.get("file")) for node in nodes)
+    alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": overlay}}
+    found = "" if opened else run_qemu_img("map", "--output=json", f"json:{json.dumps(alone)}")
+    if opened or any(part.get("present") for part in json.loads(found)):
+        raise CannotDo(f"{overlay} is not taken away: the guest has written into it", "start the guest with it")
+
+
+def drop(monitor: Monitor, name: str, tag: str) -> None:
+    """Take an internal snapshot out of its image."""
+    monitor.ask("blockdev-snapshot-delete-internal-sync", device=name, name=tag)
+
+
+def _require_possible(disk: Disk, mode: str, tag: str) -> None:
+    if mode == INTERNAL and tag in disk.snapshots:
+        raise CannotDo(f"the disk '{disk.name}' has a snapshot '{tag}' already, within {disk.image}", ANOTHER)
+    if mode == INTERNAL and disk.format != "qcow2":
+        text = f"the disk '{disk.name}' is {disk.format}, which has no internal snapshots"
+        raise CannotDo(text, "--disks-mode overlay freezes its image, and has the guest write into a new one")
+    if mode == OVERLAY and not os.path.isfile(disk.image):
+        text = f"the disk '{disk.name}' is {disk.image}, which is no plain file: an overlay cannot lie beside it"
+        internal = "--disks-mode internal, since it is a qcow2" if disk.format == "qcow2" else "or lvcreate --snapshot"
+        raise CannotDo(text, f"{internal}; while the guest stands: vm-dump --stop")
+    if mode == OVERLAY and os.path.lexists(disk.overlay):
+        raise CannotDo(f"{disk.overlay} is there already", ANOTHER)
+
+
+def create_overlay(image: str, kind: str, size: int, overlay: str) -> None:
+    """A new qcow2 over an image of this format and size, for whoever the image is; FileExistsError, CannotDo."""
+    # Two who make the same one are told apart here; qemu-img takes what is there.
+    try:
+        os.close(os.open(overlay, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise CannotDo(f"cannot create {overlay}: {error.strerror}") from error
+    try:
+        run_qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", image, "-F", kind, overlay, str(size))
+        found = os.stat(image)
+        os.chmod(overlay, found.st_mode & 0o777)
+        if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+            os.chown(overlay, found.st_uid, found.st_gid)
+    except BaseException as error:
+        os.unlink(overlay)
+        if not isinstance(error, OSError):
+            raise
+        raise CannotDo(f"cannot give {overlay} to the owner of {image}: {error.strerror}") from error
+
+
+def overlays_of(image: str) -> list[str]:
+    """The images beside this one that lie right above it."""
+    found = []
+    for name in sorted(os.listdir(os.path.dirname(image))):
+        path = os.path.join(os.path.dirname(image), name)
+        if name.endswith(".qcow2") and path != image:
+            with contextlib.suppress(CannotDo, ValueError):
+                told = json.loads(run_qemu_img("info", "-U", "--output=json", path))
+                below = told.get("full-backing-filename")
+                if below and os.path.realpath(below) == image:
+                    found.append(path)
+    return found
+
+
+def run_qemu_img(*arguments: str) -> str:
+    """What it says; CannotDo with its words."""
+    try:
+        done = subprocess.run(
+            ("qemu-img", *arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CannotDo(f"cannot run qemu-img: {error}", "it is in the package qemu-utils") from error
+    if done.returncode:
+        raise CannotDo(f"qemu-img {arguments[0]}: {done.stderr.strip().removeprefix('qemu-img: ')}")
+    return done.stdout
+
+
+def merge(path: str, overlay: str, image: str) -> bool:
+    """Have the guest at `path` that writes into `overlay` write into `image` again, with all that it has written.
+
+    False where it does not write there.  Refused, CannotDo.
+    """
+    # One that was begun before, by somebody who is gone, is gone on with.
+    job = "vmstate" + hashlib.sha256(overlay.encode()).hexdigest()[:16]
+    if not patiently(path, lambda monitor: _begin(monitor, overlay, image, job)):
+        return False
+    while patiently(path, lambda monitor: _advance(monitor, job)):
+        time.sleep(0.02)
+    if patiently(path, lambda monitor: _over(monitor, overlay, image)):
+        raise CannotDo(f"QEMU has not merged {overlay} into {image}", "the guest's own log, or QEMU's words, say why")
+    return True
+
+
+def over(path: str, image: str) -> str:
+    """The overlay into which the guest at `path` writes right above an image; '' where it does not."""
+    found = patiently(path, lambda monitor: _over(monitor, "", image))
+    return str(found["overlay"]) if found else ""
+
+
+def _over(monitor: Monitor, overlay: str, image: str) -> dict[str, Any] | None:
+    """What QEMU says of the disk that is written into `overlay` (where that is '': whatever it is), over `image`."""
+    for entry in monitor.ask("query-block"):
+        inserted = entry.get("inserted")
+        if inserted and not inserted["ro"]:
+            names = list(_layers(inserted["image"]))[:2]
+            files = [_file(monitor, name, "", "") for name in names if _is_file(name)]
+            if len(files) == 2 and files[1] == image and overlay in ("", files[0]):
+                return {**entry, "overlay": files[0]}
+    return None
+
+
+def _begin(monitor: Monitor, overlay: str, image: str, job: str) -> bool:
+    found = _over(monitor, overlay, image)
+    begun = any(running["device"] == job for running in monitor.ask("query-block-jobs"))
+    if found and not begun:
+        inserted = found["inserted"]
+        below = inserted["image"]["backing-image"]["filename"]
+        monitor.ask("block-commit", job_id=job, device=found["device"] or inserted["node-name"], base=below)
+    return found is not None
+
+
+def _advance(monitor: Monitor, job: str) -> bool:
+    """Whether the job is there; one that has copied everything is told to end."""
+    for found in monitor.ask("query-block-jobs"):
+        if found["device"] == job:
+            if found["status"] == "ready":
+                monitor.ask("block-job-complete", device=job)
+            return True
+    return False

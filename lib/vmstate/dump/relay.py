@@ -1,0 +1,277 @@
+"""Bytes of a state between QEMU's socket and everything else, judged on their way.
+
+From QEMU (`Outgoing`): the commands that ask for a return path are taken out, so that what leaves is the plain stream;
+QEMU does not close its end when it has sent all, so the judge says where the state ends.
+To QEMU (`Incoming`): the device sections and all behind them are not let go before the input has proven its end; QEMU
+cannot run a guest without them.
+"""
+
+import contextlib
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..errors import CannotDo, Damaged
+from ..io.octets import HOLD, Pushback, Reader, enlarge, kind, read_up_to, splice, write_all
+from ..stream import layout
+from ..stream.check import Judge, State, judge
+from ..stream.reader import StateReader
+from ..stream.records import Blocks, Command, Configuration
+
+PIECE = 64 << 10
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the first kilobytes of a state say: the machine type's name; name and size in bytes of each RAM block."""
+
+    machine: str
+    blocks: tuple[tuple[str, int], ...] = field(default=())
+
+
+class _Recorder:
+    """A `Reader` that keeps what was read."""
+
+    def __init__(self, source: Reader) -> None:
+        self._source = source
+        self.data = b""
+
+    def readinto(self, view: memoryview, /) -> int:
+        count = self._source.readinto(view[:PIECE])
+        self.data += view[:count]
+        return count
+
+
+def read_head(source: Reader) -> tuple[Head, bytes]:
+    """The head of a state, and all the bytes that were read for it.
+
+    Raises Damaged where the input is empty, cut in its head, or no state.
+    """
+    recorder = _Recorder(source)
+    machine = ""
+    for record in StateReader(recorder):
+        if isinstance(record, Configuration):
+            machine = record.machine.decode("utf-8", "backslashreplace")
+        if isinstance(record, Blocks):
+            return Head(machine, tuple((block.text, block.size) for block in record.blocks)), recorder.data
+    raise Damaged("no list of RAM blocks in the state")
+
+
+class Peeked:
+    """QEMU's socket, whose bytes are looked at while they stay there, and then go to the sink.
+
+    Where the sink is a pipe they go past our memory (splice), which saves one of two copies.  Those that stay are taken
+    before we sleep: they could keep QEMU from sending more, and kernels before 6.18 show them again to one who has
+    slept in a peek (Linux 7bf3a476ce43).  From the device sections on, held until the end, all are taken.
+    """
+
+    # More than a page; with more than this the device sections have begun.
+    MOST = 32 << 10
+    SO_PEEK_OFF = 42
+
+    def __init__(self, qemu: socket.socket, sink: int) -> None:
+        self._qemu = qemu
+        self._sink = sink
+        self._stay = kind(sink) == "pipe"
+        # Bytes that were looked at: those that are still in the socket, and older ones that have been taken
+        self._waiting = 0
+        self._taken = 0
+        if self._stay:
+            qemu.setsockopt(socket.SOL_SOCKET, self.SO_PEEK_OFF, 0)
+
+    def readinto(self, view: memoryview, /) -> int:
+        if self._waiting > self.MOST:
+            self._take_waiting()
+            self._stay = False
+        if self._stay:
+            count = self._peek(view)
+            self._waiting += count
+        else:
+            count = self._qemu.recv_into(view)
+            self._taken += count
+        return count
+
+    def _peek(self, view: memoryview) -> int:
+        try:
+            return self._qemu.recv_into(view, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._take_waiting()
+            return self._qemu.recv_into(view, 0, socket.MSG_PEEK)
+
+    def quiet(self) -> bool:
+        """Nothing has come, nor its end, that has not been looked at."""
+        try:
+            self._qemu.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        return False
+
+    def closed(self) -> bool:
+        """Nothing comes any more."""
+        return not self._qemu.recv(1, socket.MSG_PEEK)
+
+    def drop(self, view: memoryview) -> None:
+        """These bytes, the oldest ones, are not for the sink."""
+        self._take(len(view) - self._of_taken(view))
+
+    def send(self, view: memoryview) -> None:
+        """These bytes, the oldest ones, to the sink."""
+        ours = self._of_taken(view)
+        write_all(self._sink, view[:ours])
+        left = len(view) - ours
+        self._waiting -= left
+        while left:
+            left -= splice(self._qemu.fileno(), self._sink, left)
+
+    def _of_taken(self, view: memoryview) -> int:
+        """How many of these bytes, the oldest ones, have been taken already; no longer counted then."""
+        count = min(self._taken, len(view))
+        self._taken -= count
+        return count
+
+    def _take_waiting(self) -> None:
+        self._taken += self._waiting
+        self._take(self._waiting)
+
+    def _take(self, count: int) -> None:
+        self._waiting -= count
+        while count:
+            count -= len(self._qemu.recv(count))
+
+
+def answer(qemu: socket.socket, status: int) -> None:
+    """Tell a waiting QEMU how the far end fared (0: it has the whole state).  The point of no return."""
+    try:
+        qemu.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, status))
+    except OSError as error:
+        raise CannotDo("QEMU gave up when it had sent everything") from error
+
+
+class Outgoing:
+    """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
+
+    whole: the commands that ask for a return path stay.  closing: QEMU closes its end when it has sent all, for it has
+    no return path.
+    """
+
+    def __init__(self, qemu: socket.socket, sink: int, *, whole: bool = False, closing: bool = False) -> None:
+        self._qemu = qemu
+        self._closing = closing
+        self._whole = whole
+        self._peeked = Peeked(qemu, sink)
+        self._reader = StateReader(self, self._pass)
+        self._came = 0
+        self._cuts: list[tuple[int, int]] = []
+        self._passed = 0
+        self.sent = 0
+        self.machine: str | None = None
+
+    def run(self) -> State:
+        """Carry everything up to the end of the state; CannotDo where QEMU gives up before.
+
+        Raises what writing to the sink raises.
+        """
+        reader, court = self._reader, Judge()
+        try:
+            for record in reader:
+                court.see(record)
+                if isinstance(record, Command) and not self._whole:
+                    self._see_command(record)
+                self.machine = court.state.machine
+        except Damaged as error:
+            raise CannotDo(f"QEMU's stream is not as it should be: {error}", *error.hints) from error
+        # A guest can put what looks like an end into a device.
+        if not court.ended or not (self._peeked.closed() if self._closing else self._peeked.quiet()):
+            raise CannotDo(f"QEMU's stream does not end as it should, at offset {reader.window.offset}")
+        reader.window.flush()
+        return court.state
+
+    def answer(self, status: int) -> None:
+        """As the function `answer`."""
+        answer(self._qemu, status)
+
+    def readinto(self, view: memoryview, /) -> int:
+        # What has been judged leaves first: it is still in QEMU's socket.
+        self._reader.window.flush()
+        count = self._peeked.readinto(view)
+        if not count:
+            raise CannotDo(f"QEMU gave up after {self._came} bytes" if self._came else "QEMU gave up at once")
+        self._came += count
+        return count
+
+    def _see_command(self, command: Command) -> None:
+        if command.number in (layout.MIG_CMD_OPEN_RETURN_PATH, layout.MIG_CMD_PING):
+            self._cuts.append((command.offset, command.offset + layout.COMMAND.size + len(command.data)))
+
+    def _pass(self, view: memoryview) -> None:
+        """What is to leave of these bytes, the next ones of the stream."""
+        begin, end = self._passed, self._passed + len(view)
+        at = begin
+        for first, behind in [cut for cut in self._cuts if begin <= cut[0] < end] + [(end, end)]:
+            self._peeked.send(view[at - begin : first - begin])
+            self._peeked.drop(view[first - begin : behind - begin])
+            self.sent += first - at
+            at = behind
+        self._passed = end
+
+
+class QemuStopped(Exception):
+    """QEMU does not take any more: it has refused the state, or has ended."""
+
+
+class Incoming:
+    """A state from an input, whose first bytes `ahead` have been read, to the socket of a QEMU that loads it.
+
+    `came` counts the bytes that were read, `passed` those that QEMU has been given.
+    """
+
+    def __init__(self, source: Reader, ahead: bytes, qemu: socket.socket) -> None:
+        self._source = source
+        self._qemu = qemu
+        self._ahead = ahead
+        self._over = False
+        self.came = len(ahead)
+        self.passed = 0
+        enlarge(qemu.fileno())
+
+    def prefill(self) -> State | None:
+        """Read the first `HOLD` bytes, of which QEMU gets none yet; where that is the whole input, judge it."""
+        if len(self._ahead) < HOLD:
+            self._ahead += read_up_to(self, HOLD - len(self._ahead))
+        if len(self._ahead) >= HOLD:
+            return None
+        return judge(Pushback(self._ahead, _Nothing()))
+
+    def carry(self, settle: Callable[[State], object]) -> State:
+        """Pass on the whole input; `settle` is called once it has proven its end, before the devices are let go.
+
+        Damaged where the input is not whole, QemuStopped where QEMU refuses.
+        """
+        state = judge(Pushback(self._ahead, self), self._pass, settle=settle)
+        with contextlib.suppress(OSError):
+            self._qemu.shutdown(socket.SHUT_WR)
+        return state
+
+    def readinto(self, view: memoryview, /) -> int:
+        # Once over, its descriptor may be closed, and its number be another's.
+        if self._over:
+            return 0
+        try:
+            count = self._source.readinto(view)
+        except OSError as error:
+            raise Damaged(f"the input broke off at offset {self.came}: {error.strerror}") from error
+        self.came += count
+        self._over = not count
+        return count
+
+    def _pass(self, view: memoryview) -> None:
+        try:
+            write_all(self._qemu.fileno(), view)
+        except ConnectionError as error:
+            raise QemuStopped from error
+        self.passed += len(view)
+
+
+class _Nothing:
+    def readinto(self, _view: memoryview, /) -> int:
+        return 0

@@ -1,0 +1,190 @@
+"""The state of one instant to a sink, while the guest goes on (`vm-dump --snapshot`, QEMU's background-snapshot).
+
+QEMU keeps each page as it was until it has been sent.  There is no return path, and none is needed; but a snapshot
+must come to its end: where QEMU 7.2 cannot send on, or is told to cancel, it leaves the guest's pages protected, and
+the guest waits for ever at its next write.  So whatever becomes of the sink, or of us, all that QEMU sends is taken.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..cli.command import no_more_signals, release_signals
+from ..errors import CannotDo, Refused, Stopped, VmstateError
+from ..io.octets import BLOCK
+from ..progress import Progress
+from ..qemu import guest, hugepages
+from ..qemu.monitor import Monitor
+from ..stream.check import State
+from .dump import Dump, sample
+from .guard import Drain
+
+WORDS = {
+    "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or for root alone: "
+    "sysctl vm.unprivileged_userfaultfd=1",
+    "not supported by guest memory": "its RAM is shared, or has pages that cannot be write-protected",
+}
+OTHERWISE = "save it with a longer pause: vm-dump --after running, or --snapshot-or-live"
+
+
+class NoSnapshot(CannotDo):
+    """This guest, or this host, cannot; nothing has begun."""
+
+
+def possible(path: str) -> bool:
+    """Whether the guest runs: one that stands needs no snapshot, and some QEMU would let it run for one.
+
+    NoSnapshot where it runs, and a snapshot cannot be had.
+    """
+    found = guest.Found()
+    with Monitor(path) as monitor:
+        if guest.require_sendable(monitor, path).run not in ("running", "suspended"):
+            return False
+        try:
+            guest.prepare(monitor, guest.SNAPSHOT, {}, found)
+        except Refused as error:
+            hints = [hint for words, hint in WORDS.items() if words in error.text.lower()]
+            raise NoSnapshot(f"no snapshot of the guest at {path}: {error.text}", *hints, OTHERWISE) from error
+        finally:
+            found.put_back(monitor)
+    return True
+
+
+class Snapshot(Dump):
+    """As `Dump`; the guest is not given away, and runs (or stands) as before."""
+
+    CAPABILITIES = guest.SNAPSHOT
+    _pause: float | None = None
+    _talk: "_Talk | None" = None
+
+    def run(self) -> dict[str, Any]:
+        try:
+            with Monitor(self._plan.path) as monitor:
+                pid = monitor.pid()
+            huge = hugepages.find(pid)
+            state = self._send()
+            standing = guest.wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
+            if standing.migration != "completed":
+                raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
+            self._prove()
+            self._write_down(state)
+            no_more_signals()
+        except BaseException as error:
+            raise self._put_back(error) from error
+        with contextlib.suppress(Refused):
+            guest.patiently(self._plan.path, self._sending.found.put_back)
+        self._guard.done()
+        after = guest.glance(self._plan.path)
+        outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
+        # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
+        hugepages.make_whole(pid, huge)
+        return outcome
+
+    @property
+    def _drain(self) -> Drain:
+        ours = self._ours.fileno()
+        return ours, lambda: drain(self._plan.path, ours)
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        no_more_signals()
+        if self._talk:
+            with discarding(self._ours.fileno()):
+                self._talk.join()
+            if self._talk.error and not isinstance(error, Stopped):
+                error = self._talk.error
+        self._theirs.close()
+        # A sink that is to be ended must not take a part for the whole meanwhile.
+        self._let_go_of_the_sink()
+        if self._sending.begun:
+            with contextlib.suppress(VmstateError):
+                drain(self._plan.path, self._ours.fileno())
+        return super()._put_back(error)
+
+    def _send(self) -> State:
+        self._guard.watch()
+        if self._disks:
+            self._disks.prepare()
+        self._talk = _Talk(self._begin)
+        self._talk.start()
+        release_signals()
+        with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
+            state = self._outgoing.run()
+        self._talk.join()
+        if self._talk.error:
+            raise self._talk.error
+        return state
+
+    def _begin(self) -> None:
+        try:
+            self._pause = self._sending.snapshot(self._theirs.fileno(), self._disks.take if self._disks else None)
+        except BaseException:
+            if not self._sending.sent:
+                # Nothing comes; QEMU would not survive this where something did.
+                self._ours.shutdown(socket.SHUT_RD)
+            raise
+        finally:
+            self._theirs.close()
+
+
+class _Talk(threading.Thread):
+    """The talk with a QEMU whose bytes are taken meanwhile: it may wait for that itself before it answers.
+
+    (Its own thread can write to a page that is kept as it was, and which waits to be sent.)  error: what came of it.
+    """
+
+    def __init__(self, talk: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._do = talk
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._do()
+        except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
+            self.error = error
+
+
+@contextlib.contextmanager
+def discarding(fd: int) -> Iterator[None]:
+    """Take and throw away what comes from `fd`, while the `with` block runs."""
+    over = threading.Event()
+
+    def discard() -> None:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while not over.is_set():
+            if poll.poll(50) and not os.read(fd, BLOCK):
+                over.wait()
+
+    thread = threading.Thread(target=discard, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def drain(path: str, fd: int) -> None:
+    """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
+    with discarding(fd):
+        had = guest.patiently(path, _unlimited, guest.FOR_EVER)
+        if had is None:
+            return
+        try:
+            guest.wait_for(path, lambda standing: not standing.moving, guest.FOR_EVER, "to end its snapshot")
+        finally:
+            guest.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
+
+
+def _unlimited(monitor: Monitor) -> int | None:
+    """Lift the limit of what QEMU sends; what it was, None where it sends nothing any more."""
+    if not guest.look(monitor).moving:
+        return None
+    had = int(monitor.ask("query-migrate-parameters").get("max-bandwidth", 0))
+    monitor.ask("migrate-set-parameters", max_bandwidth=0)
+    return had

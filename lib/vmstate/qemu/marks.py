@@ -1,0 +1,134 @@
+"""What a move leaves in a QEMU for whoever comes later: objects with a few facts, which live as long as the process.
+
+Source: docs/link.md, "Who stands where".
+"""
+
+import contextlib
+import json
+import shlex
+from typing import Any
+
+from ..errors import Refused, Unsettled
+from .monitor import Monitor
+
+# The guest was sent to another QEMU; once it is 'postmigrate' and 'completed', it is there.
+MOVED = "vmstate-moved"
+# What was decided of it: `GRANTED`, it may run there, and never again here; or `KEPT`, it stays here.
+DECIDED = "vmstate-decided"
+GRANTED, KEPT = "granted", "kept"
+# It has been heard to run there.
+HEARD = "vmstate-heard"
+# It is loaded, or has been, and is held until the grant of its source has come.
+TAKEN = "vmstate-taken"
+# It came here, and was let run.
+ARRIVED = "vmstate-arrived"
+# It runs on pages that are still being brought, out of a file.
+LAZY = "vmstate-lazy"
+# It was stopped, since the rest of that file could not be read.
+HALTED = "vmstate-halted"
+# In a hint, what only the reader knows: the way to the other side.
+URI = "URI-OF-THE-SOURCE"
+ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED, LAZY, HALTED)
+# What a command has changed in the settings of its QEMU, as it was before.
+SETTINGS = "vmstate-settings"
+
+Marks = dict[str, dict[str, Any]]
+
+
+def read(monitor: Monitor) -> Marks:
+    """The marks of a guest, each with its facts (none where another hand has set it)."""
+    return {name: facts(monitor, name) for name in names(monitor)}
+
+
+def names(monitor: Monitor, of: tuple[str, ...] = ALL) -> list[str]:
+    found = {entry["name"] for entry in monitor.ask("qom-list", path="/objects")}
+    return [name for name in of if name in found]
+
+
+def facts(monitor: Monitor, name: str) -> dict[str, Any]:
+    with contextlib.suppress(Refused, ValueError):
+        values = json.loads(monitor.ask("qom-get", path=f"/objects/{name}", property="data"))
+        if isinstance(values, dict):
+            return values
+    return {}
+
+
+def put(monitor: Monitor, name: str, **values: Any) -> None:
+    monitor.ask("object-add", **{"qom-type": "secret", "id": name, "data": json.dumps(values)})
+
+
+def remove(monitor: Monitor, name: str) -> None:
+    """The mark is not there any more, or was not."""
+    with contextlib.suppress(Refused):
+        monitor.ask("object-del", id=name)
+
+
+def clear(monitor: Monitor) -> None:
+    for name in names(monitor):
+        remove(monitor, name)
+
+
+def hold(monitor: Monitor) -> None:
+    """Somebody says that the guest is to run here: from now on nobody can grant it to the other side."""
+    mark = read(monitor).get(MOVED, {})
+    if "move" in mark:
+        decide(monitor, KEPT, mark["move"])
+
+
+def stay(monitor: Monitor) -> None:
+    """The guest runs here now, by somebody's word."""
+    found = read(monitor)
+    if MOVED in found:
+        # Heard to run there, it is asked for by nobody any more.
+        keep(monitor, None if HEARD in found else found[MOVED].get("move"))
+    elif TAKEN in found:
+        clear(monitor)
+        put(monitor, ARRIVED, **found[TAKEN])
+
+
+def keep(monitor: Monitor, move: str | None) -> None:
+    """The guest of this move stays where it is; whoever asks later is to know that it is the same one."""
+    clear(monitor)
+    if move is not None:
+        decide(monitor, KEPT, move)
+
+
+def decide(monitor: Monitor, what: str, move: str) -> str:
+    """Decide the move, once and for all; what was decided, by this or by another command.
+
+    QEMU takes no second object of one name, so that it happens once also where there are several monitors.
+    """
+    try:
+        put(monitor, DECIDED, move=move, what=what)
+    except Refused:
+        return decision(read(monitor)) or what
+    return what
+
+
+def decision(found: Marks) -> str:
+    """`GRANTED`, `KEPT`, or "" where nothing is decided."""
+    return str(found.get(DECIDED, {}).get("what", ""))
+
+
+def refuse(found: Marks, run: str, given_away: bool, path: str) -> None:
+    """Unsettled where a guest is at both ends of a move; who lets it run here must know that it does not there."""
+    settle = f"to see to that: {settle_command(path, found)}"
+    if given_away and MOVED in found:
+        if "move" in found[MOVED] and decision(found) != GRANTED:
+            raise Unsettled(f"the guest at {path} is being moved, and has not arrived", settle)
+        hint = f"only once it is gone there: vm-cont --force {path}"
+        raise Unsettled(f"the guest at {path} was moved, and is where it was sent to", hint)
+    if run == "paused" and TAKEN in found:
+        raise Unsettled(f"the guest at {path} came by a move, and its source has not let it go", settle)
+
+
+def resume_command(path: str, found: Marks) -> str:
+    """What goes on with a lazy restore whose server has died."""
+    options = ["--on-demand"] if found.get(LAZY, {}).get("on_demand") else []
+    return f"{shlex.join(['vm-restore', '--resume', *options, path])} < STATE.vmz"
+
+
+def settle_command(path: str, found: Marks) -> str:
+    """What brings a move to its end whose commands have died."""
+    uri = URI if TAKEN in found else found.get(MOVED, {}).get("uri")
+    return shlex.join(["vm-migrate", "--settle", path, *([uri] if uri else [])])

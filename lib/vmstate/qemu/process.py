@@ -1,0 +1,131 @@
+"""A QEMU that `vm-restore -- QEMU ARG…` starts: waiting for a state, detached, its words kept."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from itertools import pairwise
+
+from ..errors import CannotDo, VmstateError, WrongUsage
+from .monitor import Monitor
+
+STARTS = 30.0
+# Options under which a guest wants our terminal, or its life would not be ours to judge.
+FORBIDDEN = {
+    "-nographic": "use -display none",
+    "-curses": "use -display none or -vnc",
+    "-daemonize": "the guest is left running and detached anyway",
+    "-incoming": "vm-restore adds -incoming defer itself",
+}
+STDIO = re.compile(r"^(mon:)?stdio\b|^stdio,|^curses\b")
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """WrongUsage for what cannot be among the arguments of QEMU."""
+    for name, value in pairwise([*arguments, ""]):
+        option = "-" + name.lstrip("-") if name.startswith("-") else ""
+        if option in FORBIDDEN:
+            raise WrongUsage(f"{name} cannot be among the arguments of QEMU here", FORBIDDEN[option])
+        if option in ("-serial", "-monitor", "-qmp", "-chardev", "-parallel", "-display", "-mon") and STDIO.match(
+            value
+        ):
+            hint = "QEMU's standard input and output are /dev/null; use a file: or unix: there"
+            raise WrongUsage(f"{name} {value} cannot be among the arguments of QEMU here", hint)
+
+
+def monitor_path(arguments: list[str]) -> str | None:
+    """The path of the first `-qmp unix:PATH` among the arguments."""
+    for name, value in pairwise(arguments):
+        if name in ("-qmp", "--qmp") and value.startswith("unix:"):
+            return value[5:].split(",")[0]
+    return None
+
+
+class Process:
+    """The started QEMU; `path` is that of its monitor, `log` that of its standard error."""
+
+    def __init__(self, command: list[str]) -> None:
+        check_arguments(command[1:])
+        given = monitor_path(command)
+        self.added = given is None
+        if given is None:
+            folder = tempfile.mkdtemp(prefix="vmstate-", dir=os.environ.get("XDG_RUNTIME_DIR"))
+            given = os.path.join(folder, "guest.qmp")
+            command = [*command, "-qmp", f"unix:{given},server=on,wait=off"]
+        self.path = given
+        self.log = f"{given}.stderr"
+        _refuse_taken(given)
+        self._process = self._start([*command, "-incoming", "defer"])
+
+    def _start(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            null = subprocess.DEVNULL
+            return subprocess.Popen(command, stdin=null, stdout=null, stderr=log, start_new_session=True)
+        except OSError as error:
+            raise CannotDo(f"cannot start {command[0]}: {error.strerror}") from error
+        finally:
+            os.close(log)
+
+    def wait_until_it_answers(self) -> None:
+        """Return once its monitor can be reached; CannotDo with its words where it ends first."""
+        give_up = time.monotonic() + STARTS
+        while not _answers(self.path):
+            if self._process.poll() is not None:
+                raise CannotDo(f"QEMU did not start: {self.words() or 'it said nothing'}")
+            if time.monotonic() > give_up:
+                raise CannotDo(f"QEMU's monitor {self.path} did not appear in {STARTS:.0f} s")
+            time.sleep(0.01)
+
+    def alive(self) -> bool:
+        """False once it has ended; one that is about to is given half a second."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.5)
+        return self._process.poll() is None
+
+    def words(self) -> str:
+        """What it has written to its standard error, its end where that is long."""
+        try:
+            with open(self.log, encoding="utf-8", errors="backslashreplace") as file:
+                return "; ".join(line.strip() for line in file.read().splitlines()[-8:] if line.strip())
+        except OSError:
+            return ""
+
+    def end(self) -> None:
+        """End it, and take away what only it needed."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        for path in (self.path, self.log):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        if self.added:
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(self.path))
+
+
+def _answers(path: str) -> bool:
+    if not os.path.exists(path):
+        return False
+    try:
+        with Monitor(path, 1):
+            return True
+    except VmstateError:
+        return False
+
+
+def _refuse_taken(path: str) -> None:
+    """A QEMU takes the path of a running guest's monitor away from it without asking."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return
+    raise CannotDo(f"{path} is the monitor of a running guest", "give the new one a path of its own")

@@ -1,0 +1,187 @@
+"""Where a guest stands, in words, and what to do next."""
+
+import contextlib
+import shlex
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ..cli.command import signals_wait
+from ..dump.dump import sample_of
+from ..progress import Sample
+from ..report import printable, time_words
+from . import marks
+from .guest import LEFT_OVER, Standing, glance, left_behind, look, lost_its_snapshot
+from .monitor import Monitor
+
+# QEMU's run state to what it means; the rest depends on the migration.
+MEANING = {
+    "running": "runs",
+    "suspended": "is suspended by its own system",
+    "paused": "stands paused",
+    "prelaunch": "has not been started yet",
+    "shutdown": "has shut down",
+    "internal-error": "has stopped on an internal error of QEMU",
+    "io-error": "has stopped on an error of a disk",
+    "guest-panicked": "has panicked",
+    "watchdog": "was stopped by its watchdog",
+    "inmigrate": "waits for a state",
+    "postmigrate": "has given its state away and stands paused",
+    "finish-migrate": "stands still in the last step of a migration, until whoever takes its state has it whole",
+    "restore-vm": "is loading a snapshot",
+    "save-vm": "is saving a snapshot",
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `of` found: the guest's path, its standing, whether left-overs lie there, words and commands for next."""
+
+    path: str
+    standing: Standing
+    leftovers: tuple[str, ...]
+    words: str
+    next: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        found = [f"{self.path}: {self.words}"]
+        if self.leftovers:
+            what = ", ".join(self.leftovers)
+            found.append(f"left over from a command that was killed: {what} (the next command sets it right)")
+        return found + [f"next: {command}" for command in self.next]
+
+    def values(self) -> dict[str, Any]:
+        sample = sample_of(self.standing.info) if self.standing.moving else None
+        return {
+            "guest": self.path,
+            "state": self.standing.run,
+            "migration": self.standing.migration,
+            "reason": self.standing.reason or None,
+            "words": self.words,
+            "next": list(self.next),
+            "leftovers": list(self.leftovers),
+            "progress": sample.facts if sample else None,
+        }
+
+
+def of(path: str) -> Status:
+    """Where the guest at `path` stands."""
+    with Monitor(path) as monitor:
+        standing = look(monitor)
+        capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
+        found = marks.read(monitor)
+        left = left_behind(monitor)
+        lost = lost_its_snapshot(standing, monitor.pid())
+    changed = set(left.parameters) if left else set()
+    leftovers = () if standing.moving else tuple(sorted(capabilities & set(LEFT_OVER) | changed))
+    if lost:
+        words = "stands still: its pages are protected still, for a snapshot that was lost"
+        return Status(path, standing, (), words, (f"vm-cont {shlex.quote(path)}",))
+    if moved := _of_move(path, standing, found):
+        return Status(path, standing, leftovers, *moved)
+    return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
+
+
+def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tuple[str, ...]] | None:
+    """Words and commands for a guest that a move has left at both ends; None for any other."""
+    force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
+    settle = marks.settle_command(path, found)
+    if marks.LAZY in found and standing.migration.startswith("postcopy"):
+        return _of_lazy(path, standing, found)
+    log = _last_words(found.get(marks.MOVED, {}).get("log"))
+    if standing.migration == "postcopy-paused":
+        if marks.MOVED in found:
+            return "has crossed over, and pages that it lacks there are here; the link was lost", (settle,)
+        words = "has crossed over to here, and lacks pages that are at its source; the link was lost"
+        return words, ("on its source, vm-status tells how to go on",)
+    if standing.given_away and marks.MOVED in found:
+        if "move" not in found[marks.MOVED]:
+            return "was moved and stands paused here", (force,)
+        if marks.HEARD in found:
+            return f"was moved, and has been heard to run there{log}", (force,)
+        if marks.decision(found) == marks.GRANTED:
+            return f"was moved and stands paused here{log}", (settle, force)
+        return f"was given away, but has not been let run where it was sent to{log}", (settle,)
+    if standing.run == "paused" and marks.TAKEN in found:
+        source = found[marks.TAKEN]
+        where = printable(f"{source.get('path')} on {source.get('host')}").replace("\n", " ")
+        return f"has loaded the guest of {where} and is held until that has let it go", (settle,)
+    return None
+
+
+def _of_lazy(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tuple[str, ...]]:
+    words = MEANING.get(standing.run, f"is '{standing.run}'")
+    if standing.migration != "postcopy-paused":
+        return f"{words} while its memory is being brought from a file", ()
+    why = "the file could not be read" if marks.HALTED in found else "who brought it has ended"
+    return f"{words}, and lacks a part of its memory: {why}", (marks.resume_command(path, found),)
+
+
+def _last_words(log: str | None) -> str:
+    """What a detached move has said last."""
+    with contextlib.suppress(OSError):
+        if log:
+            with open(log, encoding="utf-8", errors="replace") as file:
+                lines = [line.strip() for line in file if line.strip()]
+            return f"; {log} ends with: {lines[-1]}" if lines else ""
+    return ""
+
+
+def wait_until_it_stands(path: str) -> None:
+    """Return once no migration of the guest runs; GuestGone where its QEMU ends."""
+    moving = True
+    while moving:
+        with signals_wait():
+            moving = glance(path).moving
+        time.sleep(0.2 if moving else 0)
+
+
+def _words(standing: Standing, leftovers: tuple[str, ...]) -> str:
+    words = MEANING.get(standing.run, f"is '{standing.run}'")
+    if standing.run == "postmigrate" and not standing.given_away:
+        words = "stands paused"
+    if standing.run == "inmigrate":
+        return words if standing.migration == "none" else _words_of_load(standing)
+    if standing.run == "paused" and "late-block-activate" in leftovers and standing.migration == "completed":
+        return "has loaded its state and is held: whoever restored it did not get to let it run"
+    return words + _words_of_migration(standing)
+
+
+def _words_of_load(standing: Standing) -> str:
+    if standing.migration == "failed":
+        return f"has failed to load a state and cannot load another: {standing.reason or 'no reason given'}"
+    return "is loading a state"
+
+
+def _words_of_migration(standing: Standing) -> str:
+    if standing.moving and standing.run != "finish-migrate":
+        sample = sample_of(standing.info)
+        return f" while its state is being sent ({standing.migration})" + (_words_of_sample(sample) if sample else "")
+    if standing.migration == "failed":
+        return f"; its last migration failed: {standing.reason or 'no reason given'}"
+    if standing.migration == "cancelled":
+        return "; its last migration was cancelled"
+    return ""
+
+
+def _words_of_sample(sample: Sample) -> str:
+    left = sample.facts["seconds_left"]
+    at_most = f", at most {time_words(left)} left" if left is not None else ""
+    return f": {sample.facts['percent']} %, {sample.words}{at_most}"
+
+
+def _next(path: str, standing: Standing) -> tuple[str, ...]:
+    name = shlex.quote(path)
+    if standing.run == "inmigrate":
+        if standing.migration == "none":
+            return (f"vm-restore {name} < STATE",)
+        return ("end this QEMU and start it again with -incoming defer",) if standing.migration == "failed" else ()
+    if standing.run == "finish-migrate":
+        return (f"vm-status {name}", f"vm-cancel {name}    (takes it back)")
+    if standing.moving:
+        return (f"vm-status {name}",)
+    if standing.given_away:
+        return (f"vm-cont {name}    (only if it does not run elsewhere)",)
+    if standing.run in ("paused", "postmigrate", "prelaunch", "io-error"):
+        return (f"vm-cont {name}",)
+    return ()

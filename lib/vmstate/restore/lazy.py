@@ -1,0 +1,408 @@
+"""A guest that runs before its memory is read (`vm-restore --lazy`), and how such a restore is taken up again.
+
+Here the part that talks to QEMU and the part that reads states meet: a server of pages, and who watches over it.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+
+import xxhash
+
+from ..checkpoint.wayback import WayBack
+from ..cli.command import hold_signals, no_more_signals, release_signals
+from ..errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
+from ..io.octets import channel
+from ..qemu import marks
+from ..qemu.guest import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, tidy, wait_for
+from ..qemu.monitor import Monitor, StandsStill
+from ..qemu.process import Process, check_arguments
+from ..qemu.waiting import NO_ROUNDS, Waiting, refusal, require_waiting
+from ..report import Report
+from ..stream.identity import Once
+from ..stream.identity import identity as which
+from ..vmz import compression
+from ..vmz.statefile import RawFile, StateFile, state_of
+from ..vmz.vmzfile import vmz_file
+from . import rescue
+from .compare import Against
+from .pageserver import Lost, PageServer, Place, Tally
+from .postcopy import NoIndex, NotLazy, Opening, have_of, opening_of
+from .restore import Outcome, nics_of
+from .serving import Recovered, Serving, recover
+
+# What may lie between us and QEMU: a request waits behind it.
+ROOM = 128 << 10
+RUNS = ("running", "suspended")
+STARTS = 60.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
+
+    first: pages to be sent before the rest.  resume: the guest runs already, and has lost its server; sure: though it
+    is not marked with the state that it runs on.  disks, once: as in `restore.Plan`.
+    """
+
+    path: str | None = None
+    command: list[str] = field(default_factory=list)
+    run: bool | None = None
+    on_demand: bool = False
+    first: list[Place] = field(default_factory=list)
+    resume: bool = False
+    sure: bool = False
+    disks: WayBack | None = None
+    once: Once | None = None
+
+
+def open_state(fd: int) -> StateFile:
+    """The state in the file that `fd` stands at the beginning of.
+
+    NoIndex where it cannot be read at random, Damaged where it is none.
+    """
+    try:
+        at = os.lseek(fd, 0, os.SEEK_CUR)
+        first = os.pread(fd, compression.FIRST, at)
+    except OSError as error:
+        hint = "keep the state in a file: vm-restore --lazy GUEST < STATE.vmz"
+        raise NoIndex("a lazy restore reads its state here and there, and this input cannot seek", hint) from error
+    kind = compression.recognise(first)
+    if file := vmz_file(fd):
+        return file
+    if kind == "state":
+        return RawFile(fd)
+    if not first:
+        raise Damaged("the input is empty")
+    if kind in ("zstd", "gzip", "bzip2", "xz", "libvirt"):
+        hint = "give it one: vm-compress -d FILE | vm-compress > STATE.vmz" if kind == "zstd" else "pack it as a .vmz"
+        raise NoIndex(f"{compression.words_for(first)} has no index of its pages", hint)
+    raise Damaged(
+        f"no state of a guest: found {compression.words_for(first)} at offset 0", *compression.hints_for(first)
+    )
+
+
+def identity(opening: Opening) -> str:
+    """Tells one state from another, however they are packed: the devices hold the moment."""
+    return str(xxhash.xxh3_128_hexdigest(opening.head + opening.start + opening.devices))
+
+
+class Lazy:
+    """One lazy restore: `start` returns when the guest runs, `wait` when QEMU has everything.
+
+    Signals wait in between.
+    """
+
+    def __init__(self, plan: Plan, report: Report, fd: int) -> None:
+        self._plan = plan
+        self._report = report
+        self._file = open_state(fd)
+        self._opening = opening_of(self._file)
+        self._state = state_of(self._file)
+        if plan.disks:
+            plan.disks.judge(self._state)
+        if plan.once:
+            plan.once.require_new(which(self._state))
+        self._process: Process | None = None
+        self._found = Found()
+        self._ours: socket.socket | None = None
+        self._serving: Serving | None = None
+        self._halted = self._was_halted = False
+        self._unsettled: Unsettled | None = None
+        self.path = plan.path or ""
+        self.seconds = 0.0
+
+    @property
+    def tally(self) -> Tally:
+        return self._serving.server.tally if self._serving else Tally()
+
+    def start(self) -> Outcome:
+        """The guest runs (or stands, where it is to); what `Restore.run` gives."""
+        begun = time.monotonic()
+        try:
+            if self._plan.command:
+                check_arguments(self._plan.command[1:])
+                hold_signals()
+                command = self._plan.command
+                self._process = Process(self._plan.disks.prepare(command) if self._plan.disks else command)
+                release_signals()
+                self._process.wait_until_it_answers()
+                self.path = self._process.path
+            state = self._take_up() if self._plan.resume else self._begin()
+        except BaseException as error:
+            raise self._put_back(error) from error
+        self.seconds = time.monotonic() - begun
+        nics = [] if self._plan.resume or state not in RUNS else nics_of(Waiting(self.path), self._report)
+        if self._process and self._process.added:
+            self._report.hint(f"the guest's monitor is {self.path}")
+        saved = self._state
+        return Outcome(self.path, state, saved.runstate, saved.machine, saved.size, nics)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the state."""
+        return self._file.content
+
+    def wait(self) -> None:
+        """Until QEMU has everything, or the guest is gone that was to be served as long as it lives.
+
+        A signal has all that is left be sent first.  Damaged where the file is, Unsettled where the guest runs on and
+        lacks pages.
+        """
+        assert self._serving
+        error = self._serving.wait(self._halt)
+        if self._ours:
+            self._ours.close()
+        if isinstance(error, Damaged):
+            raise self._damaged(error) from error
+        if error is not None:
+            self._judge_loss(error)
+            return
+        wait_for(self.path, lambda standing: not standing.moving, 60, "to complete")
+        patiently(self.path, self._afterwards)
+        if self._unsettled:
+            raise self._unsettled
+
+    # the beginning
+
+    def _begin(self) -> str:
+        run = self._state.runstate in RUNS if self._plan.run is None else self._plan.run
+        self._require_fit()
+        self._ours, theirs = channel(ROOM)
+        serving = self._make_serving(self._ours.fileno())
+        with Monitor(self.path) as monitor:
+            require_waiting(monitor, self.path)
+            hold_signals()
+            self._set_up(monitor, run)
+            if self._plan.once:
+                self._plan.once.note(which(self._state))
+            monitor.give(NAME, theirs.fileno())
+            Waiting.incoming(monitor)
+            theirs.close()
+            # Until `wait`: from now on the guest may run, and then a signal is to have all of its memory be brought.
+            serving.start(self._opening.stream())
+            return self._until_it_runs(monitor, run)
+
+    def _require_fit(self) -> None:
+        """Misfit where the guest is another one; NotLazy where it cannot run on pages that come later."""
+        Against(self.path).whole(self._state)
+        with Monitor(self.path) as monitor:
+            if odd := odd_pages(monitor):
+                raise NotLazy(f"the guest at {self.path} has pages that are not of 4 KiB: {', '.join(odd)}", EAGER)
+            with contextlib.suppress(Refused):
+                shared = [back["id"] for back in monitor.ask("query-memdev") if back.get("share")]
+                if shared:
+                    raise NotLazy(f"the guest at {self.path} has RAM that others share ({', '.join(shared)})", EAGER)
+
+    def _set_up(self, monitor: Monitor, run: bool) -> None:
+        marks.clear(monitor)
+        silent = monitor.ask("query-migrate-parameters").get("announce-rounds") == 0
+        if silent:
+            self._report.note(NO_ROUNDS)
+        try:
+            prepare(monitor, ("postcopy-ram",), {"announce-rounds": 1} if silent else {}, self._found)
+        except Refused as error:
+            self._found.put_back(monitor)
+            hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"
+            raise NotLazy(f"this QEMU cannot load lazily here: {error.text}", hint, EAGER) from error
+        marks.put(monitor, marks.LAZY, state=identity(self._opening), on_demand=self._plan.on_demand)
+        # Whether a guest runs that is loaded in this way is not in its state, but set here.
+        monitor.ask("cont" if run else "stop")
+
+    def _until_it_runs(self, monitor: Monitor, run: bool) -> str:
+        give_up = time.monotonic() + STARTS
+        try:
+            while True:
+                standing = look(monitor)
+                if standing.migration == "failed":
+                    raise refusal(standing.reason, True)
+                if standing.run in RUNS or (standing.run == "paused" and _crossed(standing)):
+                    break
+                if self._serving and self._serving.error:
+                    raise self._serving.error
+                if time.monotonic() > give_up:
+                    raise CannotDo(f"QEMU has not loaded the devices within {STARTS:.0f} s")
+                time.sleep(0.001)
+        except VmstateError as error:
+            # A QEMU that waits for a page does not answer; once the channel has ended, it ends over that.
+            if self._serving and isinstance(self._serving.error, Damaged):
+                raise self._serving.error from error
+            if isinstance(error, GuestGone | Lost):
+                raise self._refusal(error) from error
+            raise
+        if run and standing.run == "paused":
+            # It is served nevertheless, and said when that is done.
+            words = f"the guest at {self.path} is loaded, but stands paused: QEMU could not take its disks"
+            self._unsettled = Unsettled(words, f"once their other user is gone: vm-cont {self.path}")
+        return standing.run
+
+    def _refusal(self, error: VmstateError) -> VmstateError:
+        if self._process and not self._process.alive():
+            return refusal(self._process.words(), True)
+        with contextlib.suppress(VmstateError):
+            standing = glance(self.path)
+            if standing.reason:
+                return refusal(standing.reason, True)
+        return refusal("", True) if isinstance(error, GuestGone) else error
+
+    # a guest that has lost its server
+
+    def _take_up(self) -> str:
+        try:
+            return self._go_on()
+        except StandsStill as error:
+            rescue.fill(error.pid, self._file, self._opening, None if self._plan.sure else identity(self._opening))
+        lost = wait_for(self.path, lambda standing: standing.migration != "postcopy-active", 20, "to see its loss")
+        self._report.note(f"its QEMU was given what it lacked, from outside; the guest is '{lost.run}'")
+        return self._go_on()
+
+    def _go_on(self) -> str:
+        with Monitor(self.path) as monitor:
+            standing = self._require_lost(monitor)
+            found = recover(monitor, self._opening)
+            hold_signals()
+            self._ours = found.end
+            serving = self._make_serving(found.end.fileno())
+            serving.server.take_up(self._have(found, monitor.pid()), found.path, found.said)
+        serving.start(self._opening.part())
+        return patiently(self.path, self._run_on) if self._was_halted else standing.run
+
+    def _have(self, found: Recovered, pid: int) -> dict[bytes, bytearray]:
+        """What QEMU knows that it has, and what was put there from outside."""
+        have = have_of(self._opening, found.bitmaps)
+        for name, there in rescue.present(pid, self._opening).items():
+            known, seen = int.from_bytes(have[name], "big"), int.from_bytes(there, "big")
+            have[name] = bytearray((known | seen).to_bytes(len(there), "big"))
+        return have
+
+    def _require_lost(self, monitor: Monitor) -> Standing:
+        standing = look(monitor)
+        found = marks.read(monitor)
+        if (marks.LAZY not in found and not self._plan.sure) or not standing.migration.startswith("postcopy"):
+            text = f"the guest at {self.path} is not being restored lazily ({standing.run}, {standing.migration})"
+            raise CannotDo(text, f"vm-status {self.path}")
+        if standing.migration != "postcopy-paused":
+            text = f"the guest at {self.path} has a server that brings its pages ({standing.migration})"
+            raise CannotDo(text, f"vm-status {self.path}")
+        if marks.LAZY in found and found[marks.LAZY].get("state") != identity(self._opening):
+            raise Misfit(f"this is not the state that the guest at {self.path} runs on", "its pages would be wrong")
+        self._was_halted = marks.HALTED in found
+        return standing
+
+    def _run_on(self, monitor: Monitor) -> str:
+        with contextlib.suppress(Refused):
+            monitor.ask("object-del", id=marks.HALTED)
+        return run_on(monitor).run
+
+    # the server
+
+    def _make_serving(self, fd: int) -> Serving:
+        plan = self._plan
+        server = PageServer(self._file, self._opening, fd, fd, on_demand=plan.on_demand, first=plan.first)
+        self._serving = Serving(server, self._hang_up)
+        return self._serving
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._ours:
+                self._ours.shutdown(socket.SHUT_RDWR)
+
+    def _halt(self) -> None:
+        """A page that nobody has asked for cannot be read: stop the guest while all that is asked for can be."""
+        assert self._serving
+        self._halted = True
+        with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
+            if look(monitor).run in RUNS:
+                # Before it stands: that can take until it is served again, where it waits for a page.
+                marks.put(monitor, marks.HALTED)
+                monitor.ask("stop")
+        self._serving.server.give_up()
+
+    # the end
+
+    def _afterwards(self, monitor: Monitor) -> None:
+        standing = look(monitor)
+        if standing.migration == "failed":
+            raise CannotDo(f"QEMU ended the restore as failed: {standing.reason}")
+        for name in (marks.LAZY, marks.HALTED):
+            with contextlib.suppress(Refused):
+                monitor.ask("object-del", id=name)
+        with contextlib.suppress(Refused):
+            self._found.put_back(monitor)
+            if self._plan.resume:
+                tidy(monitor)
+
+    def _judge_loss(self, error: BaseException) -> None:
+        if not isinstance(error, Lost):
+            raise error
+        try:
+            standing = wait_for(self.path, lambda s: s.migration != "postcopy-active", 20, "to end the restore")
+        except VmstateError as gone:
+            if isinstance(gone, GuestGone) and self._plan.on_demand:
+                return
+            raise GuestGone(f"the guest at {self.path} ended while its memory was being read") from gone
+        words = f"the guest at {self.path} runs ({standing.migration}), and lacks pages: {error}"
+        raise Unsettled(words, self._resume()) from error
+
+    def _resume(self) -> str:
+        return marks.resume_command(self.path, {marks.LAZY: {"on_demand": self._plan.on_demand}})
+
+    def _damaged(self, error: Damaged) -> Damaged:
+        stands = "was stopped" if self._halted else "stands still as soon as it needs a page that it lacks"
+        hint = f"with a good copy of this state: {self._resume()}"
+        return Damaged(f"{error}; the guest at {self.path} {stands}", hint)
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        if isinstance(error, NotLazy):
+            # It may go on as an eager restore, which a signal ends.
+            hold_signals()
+        else:
+            no_more_signals()
+        if self._ours:
+            self._ours.close()
+        if self._process:
+            self._process.end()
+        elif isinstance(error, VmstateError) and not isinstance(error, Unsettled) and not self._plan.resume:
+            error.hints = (*error.hints, Waiting(self.path).fate())
+        if self._plan.disks:
+            self._plan.disks.undo()
+        return error
+
+
+EAGER = "restore all of it before it runs: vm-restore without --lazy, or --lazy-or-eager"
+
+
+def _crossed(standing: Standing) -> bool:
+    return standing.migration in ("postcopy-active", "postcopy-paused", "completed")
+
+
+def stdio(fd: int, on_demand: bool, first: list[Place]) -> Tally:
+    """For a QEMU that runs us as its `-incoming exec:`, over standard input and output."""
+    file = open_state(fd)
+    opening = opening_of(file)
+    state_of(file)
+    server = PageServer(file, opening, 0, 1, on_demand=on_demand, first=first)
+    serving = Serving(server)
+    serving.start(opening.stream())
+    error = serving.wait(server.give_up)
+    if isinstance(error, Lost):
+        if not server.tally.asked:
+            hint = "start QEMU with: -global migration.x-postcopy-ram=on"
+            raise CannotDo(f"QEMU does not take the state: {error}; its own words say why", hint) from error
+        raise Unsettled(f"the guest runs, and lacks pages: {error}", STDIO_RESUME) from error
+    if isinstance(error, Damaged):
+        raise Damaged(f"{error}; the guest stands still as soon as it needs it", STDIO_RESUME) from error
+    if error is not None:
+        raise error
+    return server.tally
+
+
+STDIO_RESUME = "with a good copy of the state: vm-restore --resume --i-am-sure GUEST < STATE.vmz"
+
+
+def outcome_of(path: str, report: Report) -> Outcome:
+    """What another process has restored."""
+    state = glance(path).run
+    return Outcome(path, state, "", "", 0, nics_of(Waiting(path), report) if state in RUNS else [])

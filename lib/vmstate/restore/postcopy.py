@@ -1,0 +1,204 @@
+"""What a QEMU is told that loads in postcopy, and what it asks (QEMU's migration/savevm.c, ram.c, migration.c).
+
+We play the source of a move that has crossed over: the state's own head and devices, and pages when they are asked for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import CannotDo, Damaged, WrongUsage
+from ..stream import layout
+from ..stream.reader import StateReader
+from ..stream.records import Blocks, Configuration, Footer, Record, Section
+from ..vmz.statefile import StateFile
+
+PAGE = 1 << layout.PAGE_BITS
+STRIDE = 8 + PAGE
+BITMAP_END = 0x0123456789ABCDEF
+# Of 16 TiB
+BITMAP_LIMIT = 1 << 29
+
+
+class NotLazy(CannotDo):
+    """It can only be restored as a whole, before the guest runs; the hint says why or what to do."""
+
+
+class NoIndex(WrongUsage):
+    """The input does not tell where its pages are, or cannot be read there."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The parts of a state that come before its pages: as bytes, but for the number of RAM's section.
+
+    head: up to the end of the configuration.  start: RAM's START, with its footer.  early: sections of virtio-mem.
+    """
+
+    head: bytes
+    start: bytes
+    early: bytes
+    devices: bytes
+    number: int
+    blocks: dict[bytes, int]
+    switchover: bool
+
+    def stream(self) -> bytes:
+        """Everything up to the moment in which the guest runs, and the header of a section that stays open."""
+        advise = layout.U64.pack(PAGE) + layout.U64.pack(PAGE)
+        parts = [self.head, command(layout.MIG_CMD_OPEN_RETURN_PATH), command(layout.MIG_CMD_POSTCOPY_ADVISE, advise)]
+        parts += [self.start, self.early]
+        # Without any QEMU would write pages into RAM behind the back of its fault handler, and hang.
+        parts += [_discard(name, size) for name, size in self.blocks.items()]
+        if self.switchover:
+            parts.append(command(layout.MIG_CMD_SWITCHOVER_START))
+        run = command(layout.MIG_CMD_POSTCOPY_RUN)
+        package = command(layout.MIG_CMD_POSTCOPY_LISTEN) + self.devices + run
+        parts += [command(layout.MIG_CMD_PACKAGED, layout.U32.pack(len(package))), package, self.part()]
+        return b"".join(parts)
+
+    def part(self) -> bytes:
+        """The header of a section with pages."""
+        return layout.SECTION.pack(layout.QEMU_VM_SECTION_PART, self.number)
+
+    def closing(self) -> bytes:
+        """The end of that section, and of all."""
+        end = layout.U64.pack(layout.RAM_SAVE_FLAG_EOS) + layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, self.number)
+        return end + layout.SECTION.pack(layout.QEMU_VM_SECTION_END, self.number) + end + bytes((layout.QEMU_VM_EOF,))
+
+    def ask_bitmaps(self) -> bytes:
+        """To a QEMU that takes up a lost channel: which pages has it?"""
+        asks = [command(layout.MIG_CMD_RECV_BITMAP, _counted(name)) for name in self.blocks]
+        return b"".join(asks)
+
+
+def opening_of(file: StateFile) -> Opening:
+    """What comes first of a state; NotLazy where it holds what postcopy cannot take."""
+    facts = file.facts
+    if facts is None:
+        raise NoIndex("this .vmz has no index: it was packed with --any", "pack it anew: vm-compress")
+    _require_simple(facts)
+    records = list(_up_to_ram(file))
+    blocks = next(record for record in records if isinstance(record, Blocks))
+    if any(block.page_size for block in blocks.blocks) or facts["page"] != PAGE:
+        raise NotLazy("the guest's RAM has pages of another size than 4 KiB")
+    config = next(number for number, record in enumerate(records) if isinstance(record, Configuration))
+    section = next(record for record in records if isinstance(record, Section))
+    end = records[-1].offset + layout.FOOTER.size
+    offset, size = facts["devices"]
+    if size > layout.PACKAGE_LIMIT - 64:
+        raise NotLazy(f"the devices of this state take {size} bytes, more than QEMU takes in one package")
+    return Opening(
+        head=bytes(file.read(0, records[config + 1].offset)),
+        start=bytes(file.read(section.offset, end - section.offset)),
+        early=b"".join(bytes(file.read(*span)) for span in facts["early"]),
+        devices=bytes(file.read(offset, size)),
+        number=section.number,
+        blocks={block.name: block.size for block in blocks.blocks},
+        switchover=layout.MIG_CMD_SWITCHOVER_START in facts["commands"],
+    )
+
+
+def _require_simple(facts: dict[str, object]) -> None:
+    if facts["sections"] != ["ram"]:
+        raise NotLazy(f"the state holds more than RAM and devices: {facts['sections']}")
+    if facts["deltas"] or facts["packed"]:
+        raise NotLazy("pages of this state were sent as differences (xbzrle) or packed", "vm-dump saves without these")
+
+
+def _up_to_ram(file: StateFile) -> Iterator[Record]:
+    """The records of a state up to the footer of RAM's START."""
+    for record in StateReader(file.reader(0)):
+        yield record
+        if isinstance(record, Configuration) and "x-ignore-shared" in record.capabilities:
+            raise NotLazy("the RAM of this state is not in it (x-ignore-shared)")
+        if isinstance(record, Footer):
+            return
+    raise Damaged("no section of RAM in the state")
+
+
+def command(number: int, data: bytes = b"") -> bytes:
+    return layout.COMMAND.pack(layout.QEMU_VM_COMMAND, number, len(data)) + data
+
+
+def _counted(name: bytes) -> bytes:
+    return bytes((len(name),)) + name
+
+
+def _discard(name: bytes, size: int) -> bytes:
+    data = b"\0" + _counted(name) + b"\0" + layout.U64.pack(0) + layout.U64.pack(size)
+    return command(layout.MIG_CMD_POSTCOPY_RAM_DISCARD, data)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A message of QEMU.  kind: MIG_RP_MSG_*; start and size in bytes; bitmap: a bit a page, the lowest first."""
+
+    kind: int
+    block: bytes = b""
+    start: int = 0
+    size: int = 0
+    value: int = 0
+    bitmap: bytes = b""
+
+
+class ReturnPath:
+    """What QEMU says, out of its bytes as they come.  CannotDo where they make no sense."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._block = b""
+
+    def feed(self, data: bytes) -> Iterator[Said]:
+        self._data += data
+        while (found := self._next()) is not None:
+            yield found
+
+    def _next(self) -> Said | None:
+        data = self._data
+        if len(data) < 4:
+            return None
+        kind, size = int.from_bytes(data[:2], "big"), int.from_bytes(data[2:4], "big")
+        if size > 512:
+            raise CannotDo(f"QEMU said something strange: message {kind} of {size} bytes")
+        if len(data) < 4 + size:
+            return None
+        if kind == layout.MIG_RP_MSG_RECV_BITMAP:
+            return self._bitmap(4 + size)
+        payload = bytes(data[4 : 4 + size])
+        del data[: 4 + size]
+        return self._message(kind, payload)
+
+    def _message(self, kind: int, payload: bytes) -> Said:
+        if kind in (layout.MIG_RP_MSG_REQ_PAGES_ID, layout.MIG_RP_MSG_REQ_PAGES):
+            if kind == layout.MIG_RP_MSG_REQ_PAGES_ID:
+                self._block = payload[13:]
+            start, size = int.from_bytes(payload[:8], "big"), int.from_bytes(payload[8:12], "big")
+            return Said(kind, self._block, start, size)
+        return Said(kind, value=int.from_bytes(payload[:4], "big"))
+
+    def _bitmap(self, behind: int) -> Said | None:
+        data = self._data
+        if len(data) < behind + 8:
+            return None
+        size = int.from_bytes(data[behind : behind + 8], "big")
+        if size > BITMAP_LIMIT:
+            raise CannotDo(f"QEMU said something strange: a bitmap of {size} bytes")
+        end = behind + 8 + size
+        if len(data) < end + 8:
+            return None
+        if int.from_bytes(data[end : end + 8], "big") != BITMAP_END:
+            raise CannotDo("QEMU said something strange: a bitmap without its end")
+        found = Said(layout.MIG_RP_MSG_RECV_BITMAP, bytes(data[5:behind]), bitmap=bytes(data[behind + 8 : end]))
+        del data[: end + 8]
+        return found
+
+
+def have_of(opening: Opening, bitmaps: dict[bytes, bytes]) -> dict[bytes, bytearray]:
+    """A byte for each page, of QEMU's bitmaps: 1 where it has the page."""
+    spread = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]
+    found = {}
+    for name, size in opening.blocks.items():
+        pages = -(-size // PAGE)
+        have = bytearray(b"".join(map(spread.__getitem__, bitmaps[name])))[:pages]
+        found[name] = have + bytes(pages - len(have))
+    return found

@@ -1,0 +1,344 @@
+"""Every field of every device section, decoded by the JSON description at the end of a state.
+
+A payload is what lies between the header and the footer of a device section.  It has neither names nor lengths; the
+description has both.  All that is read here may be forged: work and memory are bounded by the length of the payload.
+
+Source of the format: migration/vmstate.c (vmstate_save_state_v, vmsd_desc_field_start, vmstate_subsection_save),
+migration/vmstate-types.c (the encodings; put_tmp, put_qtailq, put_qlist, put_gtree).
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from ..errors import Damaged
+from . import layout
+from .description import UNREADABLE, Part, description_at_end, find_end, sections
+
+# By the first word of the type, since "int32 le" and "uint8 equal" name a check of the loader; all are big-endian.
+NAMES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 timer"
+NUMBERS = dict(zip(NAMES.split(), "?bhiqBHIQq", strict=True))
+NULL = b"0"  # in place of what a null pointer of an array would point to
+DEPTH = 50  # structs in structs; QEMU has less than ten
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field: `size` bytes at `offset` of the payload, all elements together.
+
+    type: QEMU's own name, such as "uint32", "struct", "buffer", "pci config".
+    value: an int, bool, Struct; bytes for buffers and for types with an encoding of their own; None for a null pointer
+    in an array; a list of those for arrays and lists.
+    """
+
+    name: str
+    type: str
+    offset: int
+    size: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Struct:
+    """A description of QEMU (vmsd) and the fields that it wrote, in the order of the stream."""
+
+    name: str
+    version: int
+    fields: tuple[Field, ...]
+    subsections: tuple["Struct", ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the stream, without the header that a subsection has."""
+        # before a subsection: tag, length of name, name, version
+        below = sum(2 + len(part.name.encode()) + 4 + part.size for part in self.subsections)
+        return sum(field.size for field in self.fields) + below
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device section; `size` is that of its payload `raw`, in bytes.
+
+    version: 0 where the description does not tell, which is so for old-style devices.
+    root: None where the payload is not decoded.
+    """
+
+    name: str
+    instance: int
+    version: int
+    size: int
+    root: Struct | None
+    raw: bytes
+
+
+def parse_description(text: bytes) -> dict[str, Any]:
+    """The description as dicts and lists, with "elements" where QEMU wrote keys of structs flat into a field.
+
+    Those are fields of the types vstruct, tmp, qtailq, qlist, gtree.  A list repeats vmsd_name, version, fields and
+    subsections for each of its elements; "elements" has one dict for each.  Raises Damaged.
+    """
+    try:
+        description = json.loads(text, object_pairs_hook=_object)
+    except UNREADABLE as error:
+        raise Damaged(f"the description at the end cannot be read: {error}") from error
+    if not isinstance(description, dict):
+        raise Damaged("the description at the end cannot be read: it is no object")
+    return description
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if "type" not in plain or "vmsd_name" not in plain:
+        return plain
+    elements: list[dict[str, Any]] = []
+    for key, value in pairs:
+        if key == "vmsd_name":
+            elements.append({})
+        if elements and key in ("vmsd_name", "version", "fields", "subsections"):
+            elements[-1][key] = value
+    return {**plain, "elements": elements}
+
+
+def decode(device: dict[str, Any], payload: bytes | memoryview) -> Device:
+    """A device section: its entry in the description's "devices", as of parse_description, and its payload.
+
+    Raises Damaged where entry and payload do not fit each other.
+    """
+    reader = _Reader(bytes(payload))
+    try:
+        reader.name = _text(device["name"])
+        # Old-style devices are one buffer, and have no name of a description.
+        shape = {"vmsd_name": device["name"], "version": 0, **device}
+        root = reader.struct(shape)
+        if reader.at != len(reader.data):
+            raise reader.damage(f"{len(reader.data) - reader.at} bytes more than described")
+        return Device(reader.name, _count(device["instance_id"]), root.version, reader.at, root, reader.data)
+    except UNREADABLE as error:
+        raise reader.damage(f"its description cannot be read: {error!r:.200}") from error
+
+
+def decode_part(part: Part) -> Device:
+    """`decode` for a section found in a stream; one without a description is left as bytes."""
+    if not part.described:
+        return Device(part.name, part.instance, part.version, len(part.payload), None, bytes(part.payload))
+    return decode(part.described, part.payload)
+
+
+def devices_at_end(data: bytes) -> list[Device] | None:
+    """The device sections of the state whose last bytes are `data`; None where `data` does not end like a state.
+
+    Raises Damaged where there is an end, but the sections do not fit their description.
+    """
+    end, place = find_end(data), description_at_end(data)
+    if end is None or place is None:
+        return None
+    mark, start = place
+    part = data[len(data) - end.tail : mark]
+    described = parse_description(data[start:])["devices"][-end.devices :]
+    return [decode_part(found) for found in sections(part, described, 0)]
+
+
+def find_field(device: Device, path: str) -> Field:
+    """The field at `path`, such as "env.cr[0]", "parent_obj.config[0]", "cpu/xsave.env.xcr0", "ports[2].regs.cmd".
+
+    Names may have dots and brackets of their own.  Subsections have their full names.  An element of an array is a
+    Field of its own.  Raises LookupError.
+    """
+    found = _find(device.root, path) if device.root else None
+    if found is None:
+        raise LookupError(f"no field {path!r} in {device.name!r}")
+    return found
+
+
+def to_json(device: Device) -> dict[str, Any]:
+    """Everything in types of JSON: bytes are hexadecimal, structs have name, version, fields, subsections."""
+    plain = {"name": device.name, "instance": device.instance, "version": device.version, "size": device.size}
+    if device.root is None:
+        return {**plain, "raw": device.raw.hex()}
+    return {**plain, "fields": _plain(device.root)["fields"], "subsections": _plain(device.root)["subsections"]}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Struct():
+            fields = [
+                {"name": f.name, "type": f.type, "offset": f.offset, "size": f.size, "value": _plain(f.value)}
+                for f in value.fields
+            ]
+            parts = [_plain(part) for part in value.subsections]
+            return {"name": value.name, "version": value.version, "fields": fields, "subsections": parts}
+        case bytes():
+            return value.hex()
+        case list():
+            return [_plain(element) for element in value]
+    return value
+
+
+def _find(where: Struct, path: str) -> Field | None:
+    """The longest name that leads to something wins: "mac_reg[0]" may be a field of its own."""
+    parts: list[Field | Struct] = [*where.fields, *where.subsections]
+    begun = [part for part in parts if path.startswith(part.name) and path[len(part.name) :][:1] in ("", ".", "[")]
+    for part in sorted(begun, key=lambda part: len(part.name), reverse=True):
+        rest = path[len(part.name) :]
+        found = _below(part, rest) if isinstance(part, Field) else _find(part, rest[1:])
+        if found:
+            return found
+    return None
+
+
+def _below(field: Field, rest: str) -> Field | None:
+    if not rest:
+        return field
+    if rest[0] == ".":
+        return _find(field.value, rest[1:]) if isinstance(field.value, Struct) else None
+    index, bracket, rest = rest[1:].partition("]")
+    if not (bracket and index.isdecimal() and isinstance(field.value, list)) or len(index) > 9:
+        return None
+    return _below(_element(field, int(index)), rest) if int(index) < len(field.value) else None
+
+
+def _element(field: Field, index: int) -> Field:
+    """Between elements there may be marks; where they are, elements have fields, which know their place."""
+    nulls = field.value.count(None)
+    even = (field.size - nulls) // max(1, len(field.value) - nulls)
+    sizes = [v.size if isinstance(v, Struct) else len(NULL) if v is None else even for v in field.value[: index + 1]]
+    value, offset = field.value[index], field.offset + sum(sizes[:-1])
+    if isinstance(value, Struct) and value.fields:
+        offset = value.fields[0].offset
+    return Field(f"{field.name}[{index}]", field.type, offset, sizes[-1], value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.50} is no name")
+    value.encode()  # JSON can hold halves of surrogate pairs
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{value!r:.50} is no number of anything")
+    return value
+
+
+class _Reader:
+    """Goes once through a payload; `at` is where it stands."""
+
+    def __init__(self, data: bytes) -> None:
+        self.name, self.data, self.at = "?", data, 0
+        # Arrays of structs with empty fields could multiply a small description; bytes in eight structs each cannot.
+        self.left = 10_000 + 8 * len(data)
+
+    def damage(self, what: str) -> Damaged:
+        return Damaged(f"device {self.name!r:.255}, byte {self.at} of {len(self.data)}: {what}")
+
+    def need(self, size: int) -> None:
+        if size > len(self.data) - self.at:
+            raise self.damage(f"{size} bytes are described, {len(self.data) - self.at} are there")
+
+    def take(self, size: int) -> bytes:
+        self.need(size)
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def struct(self, shape: dict[str, Any], depth: int = 0) -> Struct:
+        """A struct with its subsections behind it, which come last and are not marked otherwise."""
+        if depth > DEPTH:
+            raise self.damage("structs in structs without end")
+        groups = groupby(shape["fields"], key=lambda entry: _text(entry["name"]))
+        fields = tuple(self.group(name, list(entries), depth) for name, entries in groups)
+        subsections = tuple(self.subsection(part, depth + 1) for part in shape.get("subsections", ()))
+        return Struct(_text(shape["vmsd_name"]), _count(shape["version"]), fields, subsections)
+
+    def subsection(self, shape: dict[str, Any], depth: int) -> Struct:
+        name = _text(shape["vmsd_name"])
+        expected = bytes([layout.QEMU_VM_SUBSECTION, len(name.encode())]) + name.encode()
+        if self.data[self.at : self.at + len(expected)] != expected:
+            raise self.damage(f"there is no subsection {name!r:.255}")
+        self.take(len(expected))
+        (version,) = layout.U32.unpack(self.take(layout.U32.size))
+        if version != shape["version"]:
+            raise self.damage(f"subsection {name!r} has version {version}, not {shape['version']!r:.50}")
+        return self.struct(shape, depth)
+
+    def group(self, name: str, entries: list[dict[str, Any]], depth: int) -> Field:
+        """Entries with one name are elements of one array: QEMU makes the names of other fields unique.
+
+        There is one entry for each element, or one for each run of null pointers and of others.
+        """
+        start = self.at
+        read = [self.entry(entry, depth) for entry in entries]
+        kinds = [_text(entry["type"]) for entry in entries]
+        kind = next((kind for kind in kinds if kind != "nullptr"), kinds[0])
+        if len(entries) == 1 and not {"array_len", "index"} & entries[0].keys():
+            return Field(name, kind, start, self.at - start, read[0][0])
+        return Field(name, kind, start, self.at - start, [value for values in read for value in values])
+
+    def entry(self, entry: dict[str, Any], depth: int) -> list[Any]:
+        """The values of an entry of the description: "array_len" of them, of "size" bytes each."""
+        size, number = _count(entry["size"]), _count(entry.get("array_len", 1))
+        self.need(size * number)
+        self.left -= 1
+        if self.left < 0:
+            raise self.damage("more fields are described than it can hold")
+        code = NUMBERS.get(entry["type"].split(" ")[0])
+        if code and size == struct.calcsize(f">{code}"):
+            return list(struct.unpack(f">{number}{code}", self.take(size * number)))
+        return [self.value(entry, size, depth + 1) for _ in range(number if size else min(number, 1))]
+
+    def value(self, entry: dict[str, Any], size: int, depth: int) -> Any:
+        """Anything but a number, exactly `size` bytes of it."""
+        end = self.at + size
+        value = self.parts(entry, depth)
+        if value is None:
+            taken = self.take(size)
+            # "struct": {} until QEMU 9.1
+            null = taken == NULL and (entry["type"] == "nullptr" or "struct" in entry)
+            return None if null else taken
+        if self.at != end:
+            raise self.damage(f"{entry['name']!r:.255} has {size} bytes, its parts have {size + self.at - end}")
+        return value
+
+    def parts(self, entry: dict[str, Any], depth: int) -> Struct | list[Any] | None:
+        """What has fields of its own; None for all else."""
+        kind, elements = entry["type"], entry.get("elements", ())
+        if kind == "struct" and entry["struct"]:
+            return self.struct(entry["struct"], depth)
+        if kind in ("vstruct", "tmp") and elements:
+            return self.struct(elements[0], depth)
+        if kind in ("qtailq", "qlist"):
+            return list(self.chain(elements, depth))
+        if kind == "gtree":
+            return list(self.tree(elements, depth))
+        if kind == "bitmap" and entry["size"] % 8 == 0:
+            return list(struct.unpack(f">{entry['size'] // 8}Q", self.take(entry["size"])))
+        return None
+
+    def chain(self, elements: list[dict[str, Any]], depth: int) -> Iterator[Struct]:
+        """A one before each element, a zero behind the last."""
+        for shape in elements:
+            self.mark(1)
+            yield self.struct(shape, depth)
+        self.mark(0)
+
+    def tree(self, elements: list[dict[str, Any]], depth: int) -> Iterator[Any]:
+        """Keys and values in turn, behind their number.  A key is a struct, or a word that nothing describes."""
+        (number,) = layout.U32.unpack(self.take(layout.U32.size))
+        bare = len(elements) == number
+        if not bare and len(elements) != 2 * number:
+            raise self.damage(f"a tree of {number} has {len(elements)} structs")
+        for i, shape in enumerate(elements):
+            if bare or i % 2 == 0:
+                self.mark(1)
+            if bare:
+                yield layout.U64.unpack(self.take(layout.U64.size))[0]
+            yield self.struct(shape, depth)
+        self.mark(0)
+
+    def mark(self, expected: int) -> None:
+        if self.take(1)[0] != expected:
+            self.at -= 1
+            raise self.damage("a list has more or fewer elements than described")

@@ -1,0 +1,381 @@
+"""A stream as records, in one pass (migration/savevm.c: qemu_loadvm_state, qemu_loadvm_state_main).
+
+The grammar alone: tags, lengths, ids and footers.  Whether the records come in an order that makes a state is for
+`check` to say.  Device sections have no lengths, so all of them are one record, which ends where an end mark with a
+description stands that can be read.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+from ..errors import Damaged
+from ..io.octets import Reader, Window
+from . import layout
+from .description import UNREADABLE
+from .ram import Ram
+from .records import (
+    Bitmap,
+    Command,
+    Configuration,
+    Description,
+    Devices,
+    EndMark,
+    Footer,
+    Opaque,
+    Record,
+    Section,
+    Start,
+    Subsection,
+)
+
+# A state of 200 vCPUs has some 3 MB of devices, a virtio-gpu may have tens.
+DEVICES_LIMIT = 64 << 20
+DESCRIPTION_LIMIT = 16 << 20
+EARLY_LIMIT = 8 << 20
+BODY_LIMIT = 32 << 20
+NAME_LIMIT = 255
+# Behind the footer of the last device; the description is JSON, an object.
+MARK = re.compile(rb"\x7e....\x00\x06(....)\{", re.DOTALL)
+MARK_SIZE = 12
+NUL = re.compile(rb"\x00")
+# A section that has rounds, behind the footer of device sections that came before it: its START, or the first round
+ROUNDS = rb"\x7e....(\x01....(?:\x03ram|\x0cdirty-bitmap|\x05block)%b)"
+ROUNDS_SIZE = 23
+FULL_TAGS = (layout.QEMU_VM_SECTION_START, layout.QEMU_VM_SECTION_FULL)
+SECTION_TAGS = (*FULL_TAGS, layout.QEMU_VM_SECTION_PART, layout.QEMU_VM_SECTION_END)
+AFTER_FOOTER = (*SECTION_TAGS, layout.QEMU_VM_COMMAND, layout.QEMU_VM_EOF)
+
+
+class StateReader:
+    """Iterate to get the records, up to the description; then `expect_end()` says whether the input ends there.
+
+    Bytes that have been read and found good go to `window.sink`; of the device sections none do before the description
+    has been given out and `window.flush()` is called.  Raises Damaged, with the offset.
+    """
+
+    def __init__(self, source: Reader, sink: Callable[[memoryview], object] | None = None) -> None:
+        self._source = source
+        self.window = Window(source, sink)
+        self.ram = Ram(self.window)
+        self._names: dict[int, bytes] = {}
+        self._rounds = False
+
+    def __iter__(self) -> Iterator[Record]:
+        yield self._start()
+        yield self._configuration()
+        while True:
+            tag = self._bytes(1, "the tag of a section")[0]
+            if tag == layout.QEMU_VM_COMMAND:
+                yield self._command()
+            elif tag == layout.QEMU_VM_SECTION_FULL and not self._rounds:
+                yield self._early()
+            elif tag == layout.QEMU_VM_SECTION_FULL:
+                yield from self._devices_to_end()
+                return
+            elif tag in SECTION_TAGS:
+                yield from self._section(tag)
+            elif tag == layout.QEMU_VM_EOF:
+                yield from self._end_without_devices()
+                return
+            else:
+                raise Damaged(f"no section at offset {self._at}: found tag {tag:#04x}")
+
+    def expect_end(self) -> None:
+        """Damaged where something lies behind the state."""
+        ahead = bytes(self.window.have()[:16])
+        if not ahead:
+            buffer = bytearray(16)
+            ahead = bytes(buffer[: self._source.readinto(memoryview(buffer))])
+        if ahead:
+            text = f"something lies behind the end of the state, at offset {self._at}: expected the end, found "
+            raise Damaged(text + ahead.hex(" "))
+
+    @property
+    def _at(self) -> int:
+        return self.window.offset
+
+    def _bytes(self, count: int, what: str) -> memoryview:
+        found = self.window.need(count)
+        if found is None:
+            raise Damaged(f"truncated at offset {self.window.came}, in {what}")
+        return found
+
+    def _name(self, at: int, what: str) -> bytes:
+        size = self._bytes(at + 1, what)[at]
+        return bytes(self._bytes(at + 1 + size, what)[at + 1 :])
+
+    def _start(self) -> Start:
+        found = bytes(self.window.need(4) or self.window.have())
+        if not found:
+            raise Damaged("the input is empty: expected the state of a guest, found 0 bytes")
+        if found != layout.MAGIC[: len(found)]:
+            raise Damaged(f"no state of a guest: expected 'QEVM' at offset 0, found {found!r}")
+        version = int.from_bytes(self._bytes(8, "the first bytes")[4:], "big")
+        if version != layout.VERSION:
+            raise Damaged(f"unknown version at offset 4: expected {layout.VERSION}, found {version}")
+        self.window.take(8)
+        return Start(version)
+
+    def _configuration(self) -> Configuration:
+        offset, what = self._at, "the configuration"
+        tag = self._bytes(1, what)[0]
+        if tag != layout.QEMU_VM_CONFIGURATION:
+            raise Damaged(f"no configuration at offset {offset}: expected tag 0x07, found {tag:#04x}")
+        size = int.from_bytes(self._bytes(5, what)[1:], "big")
+        if size > NAME_LIMIT:
+            raise Damaged(f"name of machine at offset {offset + 1}: expected at most 255 bytes, found {size}")
+        machine = bytes(self._bytes(5 + size, what)[5:])
+        self.window.take(5 + size)
+        parts = []
+        while self._bytes(1, "the tag of a section")[0] == layout.QEMU_VM_SUBSECTION:
+            parts.append(self._part())
+        configuration = Configuration(machine, tuple(parts), offset=offset)
+        self._obey(configuration)
+        return configuration
+
+    def _part(self) -> Subsection:
+        offset, what = self._at, "a part of the configuration"
+        name = self._name(1, what)
+        head = 2 + len(name) + 4
+        version = int.from_bytes(self._bytes(head, what)[-4:], "big")
+        if name == b"configuration/target-page-bits":
+            size = 4
+        elif name == b"configuration/uuid":
+            size = 16
+        elif name == b"configuration/capabilities":
+            size = self._capabilities(head)
+        else:
+            raise Damaged(f"unknown part of the configuration at offset {offset}: {name!r}")
+        data = bytes(self._bytes(head + size, what)[head:])
+        self.window.take(head + size)
+        return Subsection(name, version, data)
+
+    def _capabilities(self, head: int) -> int:
+        what = "the capabilities of the configuration"
+        count = int.from_bytes(self._bytes(head + 4, what)[-4:], "big")
+        if count > NAME_LIMIT:
+            raise Damaged(f"capabilities at offset {self._at + head}: expected at most 255, found {count}")
+        size = 4
+        for _ in range(count):
+            size += 1 + len(self._name(head + size, what))
+        return size
+
+    def _obey(self, configuration: Configuration) -> None:
+        """What the configuration changes in what follows it."""
+        bits = configuration.part(b"target-page-bits")
+        if bits is not None:
+            number = int.from_bytes(bits, "big")
+            if not 10 <= number <= 16:
+                raise Damaged(f"size of a page in the configuration: expected 10 to 16 bits, found {number}")
+            self.ram.page = 1 << number
+        if "mapped-ram" in configuration.capabilities:
+            hint = "save it without the capability mapped-ram: vm-dump does"
+            raise Damaged("this file has its pages at fixed places (mapped-ram): it is no stream", hint)
+        self.ram.addresses = "x-ignore-shared" in configuration.capabilities
+
+    def _command(self) -> Command:
+        offset, what = self._at, "a command"
+        _, number, size = layout.COMMAND.unpack(self._bytes(layout.COMMAND.size, what))
+        least, most = layout.COMMAND_SIZES.get(number, (1, 0))
+        if not least <= size <= most:
+            raise Damaged(f"no command of QEMU at offset {offset}: found number {number} with {size} bytes")
+        end = layout.COMMAND.size + size
+        data = bytes(self._bytes(end, what)[layout.COMMAND.size :])
+        package = None
+        if number == layout.MIG_CMD_PACKAGED:
+            length = int.from_bytes(data, "big")
+            if length > layout.PACKAGE_LIMIT:
+                raise Damaged(
+                    f"package at offset {offset}: expected at most {layout.PACKAGE_LIMIT} bytes, found {length}"
+                )
+            package = bytes(self._bytes(end + length, "a package")[end:])
+            end += length
+        if number == layout.MIG_CMD_POSTCOPY_ADVISE and size:
+            self.ram.advised = True
+        self.window.take(end)
+        return Command(number, data, package, offset=offset)
+
+    def _section(self, tag: int) -> Iterator[Record]:
+        header = self._header(tag)
+        self._rounds |= tag != layout.QEMU_VM_SECTION_START
+        number, name = header.number, self._names.get(header.number)
+        if tag == layout.QEMU_VM_SECTION_START:
+            assert header.name is not None
+            if name is not None:
+                raise Damaged(f"section id {number} at offset {header.offset} was given to {_text(name)} before")
+            name = self._names[number] = header.name
+        if name is None:
+            raise Damaged(f"section of unknown id at offset {header.offset}: found {number}")
+        yield header
+        if name == b"ram":
+            yield from self.ram.body(tag == layout.QEMU_VM_SECTION_START)
+        elif name == b"dirty-bitmap":
+            yield from self._bitmaps()
+        else:
+            yield self._opaque(number, name)
+        yield self._footer(number, name)
+
+    def _header(self, tag: int) -> Section:
+        offset, what = self._at, "the header of a section"
+        number = int.from_bytes(self._bytes(5, what)[1:], "big")
+        if tag not in FULL_TAGS:
+            self.window.take(5)
+            return Section(tag, number, offset=offset)
+        name = self._name(5, what)
+        end = 6 + len(name) + 8
+        numbers = self._bytes(end, what)[-8:]
+        instance, version = int.from_bytes(numbers[:4], "big"), int.from_bytes(numbers[4:], "big")
+        self.window.take(end)
+        return Section(tag, number, name, instance, version, offset=offset)
+
+    def _footer(self, number: int, name: bytes) -> Footer:
+        offset = self._at
+        tag, found = layout.FOOTER.unpack(self._bytes(layout.FOOTER.size, f"the footer of {_text(name)}"))
+        if (tag, found) != (layout.QEMU_VM_SECTION_FOOTER, number):
+            expected = layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number).hex(" ")
+            text = f"no footer of {_text(name)} at offset {offset}: expected {expected}, found "
+            raise Damaged(text + layout.FOOTER.pack(tag, found).hex(" "))
+        self.window.take(layout.FOOTER.size)
+        return Footer(number, offset=offset)
+
+    def _bitmaps(self) -> Iterator[Record]:
+        flags = 0
+        while not flags & layout.DIRTY_BITMAP_EOS:
+            record = self._bitmap()
+            flags = record.flags
+            yield record
+
+    def _bitmap(self) -> Bitmap:
+        offset, what, at = self._at, "a dirty bitmap", 1
+        flags = self._bytes(1, what)[0]
+        node = name = None
+        if flags & 0x80:
+            raise Damaged(f"record of dirty bitmaps at offset {offset}: unknown flags {flags:#x}")
+        if flags & layout.DIRTY_BITMAP_NODE:
+            node = self._name(at, what)
+            at += 1 + len(node)
+        if flags & layout.DIRTY_BITMAP_NAME:
+            name = self._name(at, what)
+            at += 1 + len(name)
+        end = at + self._bitmap_size(flags, at, offset)
+        data = bytes(self._bytes(end, what)[at:])
+        self.window.take(end)
+        return Bitmap(flags, node, name, data, offset=offset)
+
+    def _bitmap_size(self, flags: int, at: int, offset: int) -> int:
+        if flags & layout.DIRTY_BITMAP_START:
+            return 5
+        if not flags & layout.DIRTY_BITMAP_BITS:
+            return 0
+        if flags & layout.DIRTY_BITMAP_ZEROES:
+            return 12
+        size = int.from_bytes(self._bytes(at + 20, "a dirty bitmap")[-8:], "big")
+        if size > BODY_LIMIT:
+            raise Damaged(f"bits of a dirty bitmap at offset {offset}: found {size} bytes")
+        return 20 + size
+
+    def _opaque(self, number: int, name: bytes) -> Opaque:
+        """What its own footer ends, with something behind it that can follow a footer."""
+        footer = re.escape(layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number))
+        end = re.compile(footer + b"[%b]" % bytes(AFTER_FOOTER), re.DOTALL)
+        offset, searched = self._at, 0
+        while len(view := self.window.have()) <= BODY_LIMIT:
+            if place := end.search(view, searched):
+                data = bytes(view[: place.start()])
+                self.window.take(len(data))
+                return Opaque(data, offset=offset)
+            searched = max(0, len(view) - layout.FOOTER.size)
+            if not self.window.more():
+                raise Damaged(f"truncated at offset {self.window.came}, in section {_text(name)}")
+        raise Damaged(f"no end of section {_text(name)} within {BODY_LIMIT} bytes from offset {offset}")
+
+    def _early(self) -> Devices:
+        """Device sections before the first round of RAM: up to a section that has rounds, its START or its first."""
+        offset = self._at
+        parts = b"".join(b"|[\x02\x03]" + re.escape(layout.U32.pack(number)) for number in self._names)
+        rounds = re.compile(ROUNDS % parts, re.DOTALL)
+        searched = 0
+        while len(view := self.window.have()) <= EARLY_LIMIT:
+            if place := rounds.search(view, searched):
+                data = bytes(view[: place.start(1)])
+                self.window.take(len(data))
+                return Devices(data, True, offset=offset)
+            searched = max(0, len(view) - ROUNDS_SIZE)
+            if not self.window.more():
+                raise Damaged(f"truncated at offset {self.window.came}, in the device sections before RAM")
+        raise Damaged(f"no section of RAM within {EARLY_LIMIT} bytes from offset {offset}")
+
+    def _devices_to_end(self) -> Iterator[Record]:
+        offset = self._at
+        mark, end = self._find_end()
+        view = self.window.have()[:end]
+        yield Devices(bytes(view[:mark]), False, offset=offset)
+        yield EndMark(offset=offset + mark)
+        yield Description(bytes(view[mark + layout.END.size :]), offset=offset + mark + 1)
+        self.window.take(end)
+
+    def _find_end(self) -> tuple[int, int]:
+        """Where in the bytes ahead the end mark stands, and where the description behind it ends.
+
+        QEMU falls silent behind the end, and a guest can have put what looks like a mark into a device: so no mark is
+        waited for alone.
+        """
+        searched = 0
+        waiting: list[tuple[int, int, int]] = []
+        while (size := len(self.window.have())) <= DEVICES_LIMIT:
+            view = self.window.have()
+            for place in MARK.finditer(view, searched):
+                begin = place.end() - 1
+                length = int.from_bytes(place[1], "big")
+                if length <= DESCRIPTION_LIMIT and _may_be_text(view, begin, begin + length):
+                    waiting.append((place.start() + 5, begin, begin + length))
+            for mark, begin, end in waiting:
+                if end <= size and _readable(view[begin:end]):
+                    return mark, end
+            waiting = [
+                (mark, begin, end)
+                for mark, begin, end in waiting
+                if end > size and _may_be_text(view, max(begin, searched), end)
+            ]
+            searched = max(searched, size - MARK_SIZE + 1)
+            if not self.window.more():
+                raise self._no_end(bytes(view[-6:]))
+        raise Damaged(f"no end of the device sections within {DEVICES_LIMIT} bytes from offset {self._at}")
+
+    def _no_end(self, last: bytes) -> Damaged:
+        if last[:1] == b"\x7e" and last[5:] == b"\0":
+            text = (
+                f"the state ends with its end mark at offset {self.window.came - 1}: expected a description behind it"
+            )
+            return Damaged(text, "it was cut there, or its guest has -machine suppress-vmdesc=on")
+        where = f"in the device sections that begin at offset {self._at}"
+        return Damaged(f"truncated at offset {self.window.came}, {where}: no end mark with a whole description there")
+
+    def _end_without_devices(self) -> Iterator[Record]:
+        offset = self._at
+        self.window.take(1)
+        yield EndMark(offset=offset)
+        if self.window.need(5) is None:
+            return
+        size = int.from_bytes(self.window.have()[1:5], "big")
+        if self.window.have()[0] == layout.QEMU_VM_VMDESCRIPTION and size <= DESCRIPTION_LIMIT:
+            data = bytes(self._bytes(5 + size, "the description")[5:])
+            self.window.take(5 + size)
+            yield Description(data, offset=offset + 1)
+
+
+def _may_be_text(view: memoryview, begin: int, end: int) -> bool:
+    """Whether what is there of it has no NUL: so a million of marks cost little."""
+    return not NUL.search(view, begin, min(end, len(view)))
+
+
+def _readable(text: memoryview) -> bool:
+    try:
+        return bool(json.loads(bytes(text))["devices"])
+    except UNREADABLE:
+        return False
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")

@@ -21,7 +21,7 @@ from typing import Any
 
 from measure import DEADLINE, pipeline
 from vm import Guest, Qmp, default_qemu, image
-from vmstate.io.octets import HOLD
+from vmstate.io.descriptors import HOLD
 from vmstate.stream.description import End, judge_end
 
 MIB = 1 << 20

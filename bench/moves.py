@@ -26,7 +26,7 @@ from measure import Row, end, pipeline
 from net.hosts import ADDRESS, GUEST, Hosts, hosts, ip
 from publish import GAP_LIMIT
 from vm import MAC, Guest, _die_with, until
-from vmstate.migrate.ways import QUICK
+from vmstate.migrate.uri import QUICK
 
 PORT = 4444
 DOWNTIME_MS = 300

@@ -25,8 +25,8 @@ LIMIT_PAGE, LIMIT_WARM = 500e-6, 20e-6
 # The median time for a page whose frame has to be unpacked, and for one whose frame has been.
 PAGES = """
 import json, os, random, statistics, sys, time
-from vmstate.stream.pages import NORMAL
-from vmstate.vmz.vmzfile import VmzFile
+from vmstate.stream.page_map import NORMAL
+from vmstate.vmz.vmz_file import VmzFile
 file = VmzFile(os.open(sys.argv[1], os.O_RDONLY), cache=0)
 runs = [(name, start, count) for name, block in file.blocks.items()
         for start, count, kind, _ in block.runs() if kind & NORMAL]

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 with atheris.instrument_imports(include=["vmstate"]):
     from vmstate.errors import Damaged
-    from vmstate.inspect.survey import survey
+    from vmstate.inspect.summary import survey
 
 from unit.streams import Pieces, names, state  # noqa: E402
 

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vm import Qmp
 from vmstate.qemu import userfault
-from vmstate.restore import pageserver
+from vmstate.restore import page_server
 
 monitor, left = sys.argv[1], int(sys.argv[2])
 counts = threading.Event()
 command = shutil.which("vm-restore")
 assert command
-real_write, real_run, real_ask = os.writev, pageserver.PageServer.run, userfault.Userfault._ask
+real_write, real_run, real_ask = os.writev, page_server.PageServer.run, userfault.Userfault._ask
 real_pread = os.pread
 
 
@@ -40,7 +40,7 @@ def look() -> None:
         time.sleep(0.002)
 
 
-def run(server: pageserver.PageServer, first: bytes = b"") -> None:
+def run(server: page_server.PageServer, first: bytes = b"") -> None:
     global left
     if monitor == "-":
         left += len(first)
@@ -79,7 +79,7 @@ if monitor == "eio":
     os.pread = pread  # type: ignore[assignment]
 if monitor == "fill":
     userfault.Userfault._ask = ask  # type: ignore[method-assign]
-pageserver.PageServer.run = run  # type: ignore[method-assign]
+page_server.PageServer.run = run  # type: ignore[method-assign]
 os.writev = write  # type: ignore[assignment]
 sys.argv = [command, *sys.argv[3:]]
 runpy.run_path(command, run_name="__main__")

@@ -10,7 +10,7 @@ import pytest
 from conftest import Guests, shell
 from vm import MAC, Guest, until
 from vmstate.errors import CannotDo
-from vmstate.qemu.agent import Agent, addresses, path_of, set_time, time_of
+from vmstate.qemu.guest_agent import Agent, addresses, path_of, set_time, time_of
 from vmstate.qemu.monitor import Monitor
 
 from guest.judge import went_on

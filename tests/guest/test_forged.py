@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Guests, shell
 from vm import Guest, save
-from vmstate.io.octets import HOLD
+from vmstate.io.descriptors import HOLD
 from vmstate.stream.description import description_at_end
 
 from guest.judge import used_up

@@ -20,8 +20,8 @@ from unit.streams import state as stream
 from vm import Guest, saved_guest, start_from, until
 from vmstate.errors import Damaged
 from vmstate.qemu import userfault
-from vmstate.stream.pages import NORMAL
-from vmstate.vmz.vmzfile import VmzFile
+from vmstate.stream.page_map import NORMAL
+from vmstate.vmz.vmz_file import VmzFile
 
 from guest.judge import as_it_was, still_waits, went_on
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import Guests
 from vm import MAC, Guest, until
 from vmstate.migrate.preflight import Finding, compare, facts
-from vmstate.qemu import cpuid
+from vmstate.qemu import cpu_features
 from vmstate.qemu.monitor import Monitor
 
 
@@ -66,7 +66,7 @@ def test_the_facts(guests: Guests) -> None:
     told = known(guests.start("a", kind="metal", accel="tcg", extra=["-cpu", "qemu64,+svm", "-smp", "2"]))
     assert told["ram"] == sum(used for used, _ in told["blocks"].values()) > 256 << 20
     assert told["cpu"]["type"] == "qemu64-x86_64-cpu"
-    assert {name: cpuid.has(told["cpu"]["features"], name) for name in ("svm", "vmx", "lm", "nx")} == {
+    assert {name: cpu_features.has(told["cpu"]["features"], name) for name in ("svm", "vmx", "lm", "nx")} == {
         "svm": True,
         "vmx": False,
         "lm": True,
@@ -80,9 +80,9 @@ def test_names_of_features_are_those_of_qemu(guests: Guests) -> None:
     guest = guests.start("a", kind="metal", accel="tcg", extra=["-cpu", "max"])
     with guest.connect() as qmp:
         path = qmp.cmd("query-cpus-fast")[0]["qom-path"]
-        words = cpuid.words(qmp.cmd("qom-get", path=path, property="feature-words"))
+        words = cpu_features.words(qmp.cmd("qom-get", path=path, property="feature-words"))
         properties = {entry["name"] for entry in qmp.cmd("qom-list", path=path)}
-        for word, names in cpuid.NAMES.items():
+        for word, names in cpu_features.NAMES.items():
             for bit, name in enumerate(names):
                 if name in properties:
                     has = qmp.cmd("qom-get", path=path, property=name)

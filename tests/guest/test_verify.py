@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, shell
 from vm import Guest
-from vmstate.io.octets import HOLD, FdReader
-from vmstate.stream import layout
+from vmstate.io.descriptors import HOLD, FdReader
+from vmstate.stream import constants
 from vmstate.stream.description import description_at_end
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Packed, Pages
@@ -182,7 +182,7 @@ def with_a_large_device(state: bytes, size: int) -> bytes:
     entry = {"name": "gpu", "instance_id": 0, "fields": [{"name": "picture", "type": "buffer", "size": size}]}
     text = text.replace(b'{"name": "globalstate"', json.dumps(entry).encode() + b', {"name": "globalstate"')
     section = b"\4\0\0\0\x99\3gpu" + bytes(8 + size) + b"\x7e\0\0\0\x99"
-    return b"".join((state[:at], section, state[at:mark], layout.END.pack(0, 6, len(text)), text))
+    return b"".join((state[:at], section, state[at:mark], constants.END.pack(0, 6, len(text)), text))
 
 
 def test_against_with_more_devices_than_are_looked_at_ahead(guests: Guests, work: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import Done, Guests, shell
 from unit.packed import flipped, frames, groups
 from vm import Guest
-from vmstate.io.octets import HOLD
+from vmstate.io.descriptors import HOLD
 
 from guest.judge import as_it_was, still_waits, used_up, went_on
 from guest.test_forged import never_ran, saved_many

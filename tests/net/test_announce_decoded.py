@@ -9,7 +9,7 @@ import warnings
 import pytest
 from scapy.all import ARP, Dot1AD, Dot1Q, Ether, ICMPv6ND_NA, ICMPv6NDOptDstLLAddr, IPv6, rdpcap
 from vmstate.net import frames
-from vmstate.net.nics import Nic
+from vmstate.net.nic import Nic
 
 from net import wires
 from net.wires import ONE, TWO, WAIT, of, until

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Guests
 from vm import MAC, Guest, until
-from vmstate.qemu import agent
+from vmstate.qemu import guest_agent
 
 from net.hosts import GUEST, Client, Hosts, source_on_a, waiting_on_b
 
@@ -149,7 +149,7 @@ def test_the_guests_agent_knows_its_addresses(guests: Guests, two: Hosts, work: 
 
 def agent_answers(path: Path) -> bool:
     try:
-        return bool(agent.addresses(str(path), 1))
+        return bool(guest_agent.addresses(str(path), 1))
     except Exception:  # noqa: BLE001 - it starts
         return False
 

@@ -12,7 +12,7 @@ import time
 import pytest
 from scapy.all import ARP, Dot1Q, Ether, ICMPv6ND_NA, ICMPv6ND_NS, IPv6
 from vmstate.net import frames
-from vmstate.net.nics import Nic
+from vmstate.net.nic import Nic
 
 from net import wires
 from net.wires import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from vmstate.net.nics import Nic
+from vmstate.net.nic import Nic
 
 from net import wires
 from net.wires import COMMAND, ENVIRONMENT, ONE, TWO, WAIT, Namespace, of, sh, until

@@ -13,7 +13,7 @@ from conftest import Done, Guests, run
 from guest.judge import as_it_was, went_on
 from guest.test_link import FEW_ROUNDS, runs
 from vm import disk_counts, fsck, until
-from vmstate.migrate.ways import has_aes
+from vmstate.migrate.uri import has_aes
 
 from net.hosts import Client, Hosts, source_on_a, waiting_on_b
 
@@ -245,7 +245,7 @@ def test_the_guest_keeps_its_time(guests: Guests, two: Hosts, sshd: Path) -> Non
     there.wait_count((source.count() or 0) + 5)
     times = [*source.uptimes(), *there.uptimes()]
     assert times == sorted(times)
-    ask = "from vmstate.qemu import agent; import time; print(agent.time_of('b.agent') / 1e9 - time.time())"
+    ask = "from vmstate.qemu import guest_agent; import time; print(guest_agent.time_of('b.agent') / 1e9 - time.time())"
     found = two.sh("B", f"{sys.executable} -c {shlex.quote(ask)}")
     assert abs(float(found.text)) < 1.5, found.err
 

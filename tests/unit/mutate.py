@@ -22,9 +22,8 @@ from types import FrameType
 from typing import Any
 
 from vmstate.errors import Damaged
-from vmstate.inspect.survey import survey
-from vmstate.stream import layout
-from vmstate.stream.check import judge
+from vmstate.inspect.summary import survey
+from vmstate.stream import constants
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import (
     Bitmap,
@@ -43,6 +42,7 @@ from vmstate.stream.records import (
     Section,
     Start,
 )
+from vmstate.stream.validate import judge
 from vmstate.stream.writer import encode
 
 from unit.streams import Pieces, state
@@ -120,7 +120,9 @@ class _Places:
     def __init__(self, data: bytes, records: Any, pages: Any, once: bool, devices: list[Any]) -> None:
         self.data, self.records, self.pages, self.once, self.devices = data, records, pages, once, devices
         self.named = {record.block.name for record, _ in records if isinstance(record, Pages | Packed) and record.named}
-        self.rounds = [r.offset for r, _ in records if isinstance(r, Section) and r.tag != layout.QEMU_VM_SECTION_START]
+        self.rounds = [
+            r.offset for r, _ in records if isinstance(r, Section) and r.tag != constants.QEMU_VM_SECTION_START
+        ]
         self.looks: dict[type[Record], Callable[[Any], Iterator[Place]]] = {
             Start: self.start,
             Configuration: self.configuration,
@@ -159,7 +161,7 @@ class _Places:
     def section(self, record: Section) -> Iterator[Place]:
         # The last round may have any tag of a round: without an END it is what a background snapshot looks like.
         last = record.offset == self.rounds[-1]
-        rounds = bytes((layout.QEMU_VM_SECTION_PART, layout.QEMU_VM_SECTION_END))
+        rounds = bytes((constants.QEMU_VM_SECTION_PART, constants.QEMU_VM_SECTION_END))
         yield Place(record.offset, 1, "tag of a section", but=rounds if last else b"")
         yield Place(record.offset + 1, 4, "id of a section")
         if record.name is not None:
@@ -193,7 +195,7 @@ class _Places:
     def packed(self, record: Packed) -> Iterator[Place]:
         yield Place(record.offset, 8, "word of a packed page", strict=self.once)
         head = record.offset + 8 + (1 + len(record.block.name) if record.named else 0)
-        if record.flag == layout.RAM_SAVE_FLAG_XBZRLE:
+        if record.flag == constants.RAM_SAVE_FLAG_XBZRLE:
             yield Place(head, 1, "encoding of a delta")
             yield Place(head + 1, 2, "length of a delta", strict=False)
         else:
@@ -323,7 +325,7 @@ class Mutator:
         text = self.data[start:at] + piece + self.data[at + 1 :]
         strict = text[:1] != b"{" or described(text) != described(self.data[start:])
         words = f"description at {at}: {old!r} to {piece!r}"
-        return words, self.data[: start - 4] + layout.U32.pack(len(text)) + text, strict
+        return words, self.data[: start - 4] + constants.U32.pack(len(text)) + text, strict
 
     def any(self) -> tuple[str, bytes, bool]:
         at = self.random.randrange(len(self.data))

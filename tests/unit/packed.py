@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from vmstate.errors import Damaged
-from vmstate.vmz import packing, vmz
-from vmstate.vmz.index import BlockIndex
-from vmstate.vmz.vmzfile import CACHE, VmzFile, vmz_file
+from vmstate.vmz import convert, file_format
+from vmstate.vmz.page_index import BlockIndex
+from vmstate.vmz.vmz_file import CACHE, VmzFile, vmz_file
 
 from unit.streams import Pieces
 
@@ -42,7 +42,7 @@ def written(fd: int) -> bytes:
 
 def pack(content: bytes, *, level: int = 1, threads: int = 2, other: bool = False, piece: int = 1 << 30) -> bytes:
     with kept() as fd:
-        count = packing.compress(Pieces(content, piece), fd, level, threads, other=other)
+        count = convert.compress(Pieces(content, piece), fd, level, threads, other=other)
         data = written(fd)
     assert len(data) == count
     return data
@@ -52,7 +52,7 @@ def pack_cut(content: bytes, **options: Any) -> bytes:
     """What is left in the file of a content that is no whole state."""
     with kept() as fd:
         try:
-            packing.compress(Pieces(content), fd, 1, 2, **options)
+            convert.compress(Pieces(content), fd, 1, 2, **options)
         except Damaged:
             return written(fd)
     raise AssertionError("it was taken")
@@ -61,7 +61,7 @@ def pack_cut(content: bytes, **options: Any) -> bytes:
 def unpack(data: bytes, *, other: bool = False, piece: int = 1 << 30) -> bytes:
     """By one pass, as from a pipe."""
     with kept() as fd:
-        packing.decompress(Pieces(data, piece), fd, 2, other=other)
+        convert.decompress(Pieces(data, piece), fd, 2, other=other)
         return written(fd)
 
 
@@ -89,18 +89,26 @@ def frames(data: bytes) -> list[Frame]:
             end, number = at + sizes.pop(0), None
         else:
             end, number = at + 8 + size, magic & 0xF
-        if number == vmz.TABLE:
-            sizes = [size for size, _ in vmz.TABLE_ENTRY.iter_unpack(data[at + 8 + vmz.TABLE_HEAD.size : end])]
+        if number == file_format.TABLE:
+            sizes = [
+                size
+                for size, _ in file_format.TABLE_ENTRY.iter_unpack(data[at + 8 + file_format.TABLE_HEAD.size : end])
+            ]
         found.append(Frame(at, end, number))
         at = end
-    assert (at, found[0].number, found[-2].number, found[-1].number) == (len(data), vmz.HEAD, vmz.END, vmz.SEEK)
+    assert (at, found[0].number, found[-2].number, found[-1].number) == (
+        len(data),
+        file_format.HEAD,
+        file_format.END,
+        file_format.SEEK,
+    )
     return found
 
 
 def groups(data: bytes) -> list[bytes]:
     """The groups, each with its table."""
     found = frames(data)
-    starts = [frame.at for frame in found if frame.number == vmz.TABLE] + [found[-2].at]
+    starts = [frame.at for frame in found if frame.number == file_format.TABLE] + [found[-2].at]
     return [data[at:end] for at, end in zip(starts, starts[1:], strict=False)]
 
 
@@ -160,7 +168,7 @@ class Damage:
     def _in_one_pass(self, change: Change) -> bool:
         with kept() as fd:
             try:
-                packing.decompress(Pieces(change.data), fd, 2)
+                convert.decompress(Pieces(change.data), fd, 2)
             except Damaged:
                 left = written(fd)
                 assert len(left) <= self.mark, change.what

@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from vmstate.announce import acceptance
-from vmstate.net import nics, places
-from vmstate.net.nics import Nic
-from vmstate.net.places import Target
+from vmstate.announce import deliverability
+from vmstate.net import egress, nic
+from vmstate.net.egress import Target
+from vmstate.net.nic import Nic
 
 MAC = "52:54:00:12:34:56"
 TAP = Target(Nic(MAC, "tap0"), "br0", "tap0")
@@ -25,16 +25,16 @@ def system(tmp_path, monkeypatch):
     give("br0", carrier="1", bridge__vlan_filtering="0", bridge__nf_call_arptables="0", brif__tap0="", brif__up0="")
     for port in ("tap0", "up0"):
         give(port, carrier="1", brport__state="3")
-    monkeypatch.setattr(places, "SYS", str(tmp_path))
-    monkeypatch.setattr(acceptance, "PROC_SYS", str(tmp_path / "sys"))
-    monkeypatch.setattr(nics, "links", list)
-    monkeypatch.setattr(nics, "learned", dict)
+    monkeypatch.setattr(egress, "SYS", str(tmp_path))
+    monkeypatch.setattr(deliverability, "PROC_SYS", str(tmp_path / "sys"))
+    monkeypatch.setattr(nic, "links", list)
+    monkeypatch.setattr(nic, "learned", dict)
     give.folder = tmp_path
     return give
 
 
 def doubts(place=TAP):
-    return [one.text for one in acceptance.findings(place) if one.bad]
+    return [one.text for one in deliverability.findings(place) if one.bad]
 
 
 def test_nothing_speaks_against_it(system):
@@ -63,7 +63,7 @@ def test_a_card_of_a_cloud(system):
     os.makedirs(system.folder / "drivers/ena")
     os.makedirs(system.folder / "class/net/up0/device")
     os.symlink(system.folder / "drivers/ena", system.folder / "class/net/up0/device/driver")
-    (found,) = [one for one in acceptance.findings(TAP) if one.bad]
+    (found,) = [one for one in deliverability.findings(TAP) if one.bad]
     assert "(ena)" in found.text
     assert "port security" in found.hint
 
@@ -74,7 +74,7 @@ def test_a_card_of_a_cloud(system):
 )
 def test_a_port_that_takes_not_everybody(system, monkeypatch, flags, words):
     link = {"ifname": "tap0", "linkinfo": {"info_slave_kind": "bridge", "info_slave_data": flags}}
-    monkeypatch.setattr(nics, "links", lambda: [link])
+    monkeypatch.setattr(nic, "links", lambda: [link])
     (text,) = doubts()
     assert text.startswith(words)
 
@@ -82,8 +82,8 @@ def test_a_port_that_takes_not_everybody(system, monkeypatch, flags, words):
 @pytest.mark.parametrize(("mode", "bad"), [("private", True), ("vepa", False), ("bridge", False)])
 def test_the_mode_of_a_macvtap(system, monkeypatch, mode, bad):
     system("mv0", carrier="1", macvtap__tap3="", lower_up0="")
-    monkeypatch.setattr(nics, "links", lambda: [{"ifname": "mv0", "linkinfo": {"info_data": {"mode": mode}}}])
-    found = acceptance.findings(Target(Nic(MAC, "mv0"), "mv0"))
+    monkeypatch.setattr(nic, "links", lambda: [{"ifname": "mv0", "linkinfo": {"info_data": {"mode": mode}}}])
+    found = deliverability.findings(Target(Nic(MAC, "mv0"), "mv0"))
     assert any(one.bad for one in found) == bad
     assert any(f"mv0 is in mode {mode}" in one.text for one in found) == (mode != "bridge")
 
@@ -93,7 +93,7 @@ def test_what_a_peer_like_this_host_does(system):
         path = system.folder / "sys/ipv4/conf/all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(value)
-    text = "\n".join(one.text for one in acceptance.findings(TAP))
+    text = "\n".join(one.text for one in deliverability.findings(TAP))
     assert "takes the IPv4 address, known or not" in text
     assert "the kernel announces this host's own addresses" in text
     path = system.folder / "sys/ipv6/conf/br0/drop_unsolicited_na"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from vmstate.errors import CannotDo
-from vmstate.qemu.agent import Agent, addresses, set_time, time_of
+from vmstate.qemu.guest_agent import Agent, addresses, set_time, time_of
 
 Answers = Callable[[dict[str, Any]], bytes]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.announce import announce
-from vmstate.net.nics import Nic
+from vmstate.net.nic import Nic
 
 MAC = "52:54:00:12:34:56"
 RARP = "ffffffffffff 525400123456 8035  0001 0800 06 04 0003  525400123456 00000000 525400123456 00000000" + "00" * 18

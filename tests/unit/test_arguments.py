@@ -1,7 +1,7 @@
 """The images among the arguments of a QEMU."""
 
 import pytest
-from vmstate.checkpoint.arguments import put_in_place
+from vmstate.checkpoint.qemu_args import put_in_place
 from vmstate.errors import WrongUsage
 
 NEW = "/d/new,one.qcow2"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 from vmstate.errors import Damaged
-from vmstate.io.octets import BLOCK, Reader
-from vmstate.vmz import compression, packing, zstd
-from vmstate.vmz.compression import Members, recognise, unpacked
+from vmstate.io.descriptors import BLOCK, Reader
+from vmstate.vmz import convert, decompress, zstd
+from vmstate.vmz.decompress import Members, recognise, unpacked
 from vmstate.vmz.zstd import Unzstd
 
 from unit.streams import Pieces
@@ -45,7 +45,7 @@ def reader(kind: str, data: bytes, piece: int = 1 << 30) -> Reader:
 
 
 def unwrap(data: bytes, piece: int = 1 << 30) -> bytes:
-    first = data[: compression.FIRST]
+    first = data[: decompress.FIRST]
     return everything(unpacked(Pieces(data[len(first) :], piece), first))
 
 
@@ -219,13 +219,13 @@ def test_packing(level: int, threads: int, tmp_path: Path) -> None:
         content = some(length)
         fd = os.open(tmp_path / "packed", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            count = packing.compress(Pieces(content, 65536), fd, level, threads, other=True)
+            count = convert.compress(Pieces(content, 65536), fd, level, threads, other=True)
             packed = (tmp_path / "packed").read_bytes()
         finally:
             os.close(fd)
         assert len(packed) == count
         assert everything(reader("zstd", packed)) == content
-        assert recognise(packed[: compression.FIRST]) == "vmz"
+        assert recognise(packed[: decompress.FIRST]) == "vmz"
         assert unwrap(packed, 4095) == content
 
 
@@ -282,7 +282,7 @@ def libvirt(number: int, data: bytes, order: str = "<", magic: bytes = b"Libvirt
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("piece", [1, 1 << 30])
 def test_a_save_file_of_libvirt(order: str, piece: int) -> None:
-    for number, kind in enumerate(compression.LIBVIRT_FORMATS):
+    for number, kind in enumerate(decompress.LIBVIRT_FORMATS):
         pack = PACKERS.get(kind, bytes)
         if kind not in ("lzop", "sparse"):
             assert unwrap(libvirt(number, pack(CONTENT), order), piece) == CONTENT

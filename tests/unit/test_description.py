@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.io.octets import HOLD
-from vmstate.stream import layout
+from vmstate.io.descriptors import HOLD
+from vmstate.stream import constants
 from vmstate.stream.description import description_at_end, find_end, judge_end
 
 from unit.streams import NAMES, state
@@ -20,13 +20,13 @@ def test_a_real_end(name: str) -> None:
     assert end.runstate == "prelaunch"
     mark, start = description_at_end(data) or (0, 0)
     assert end.description == len(data) - start
-    assert data[mark] == layout.QEMU_VM_EOF
+    assert data[mark] == constants.QEMU_VM_EOF
     devices = json.loads(data[start:])["devices"]
     assert end.devices == len(devices)
     # The first device section follows the footer of the RAM section.
     first = len(data) - end.tail
-    assert data[first] == layout.QEMU_VM_SECTION_FULL
-    assert data[first - 5] == layout.QEMU_VM_SECTION_FOOTER
+    assert data[first] == constants.QEMU_VM_SECTION_FULL
+    assert data[first - 5] == constants.QEMU_VM_SECTION_FOOTER
     assert data[first - 13 : first - 5] == bytes([0, 0, 0, 0, 0, 0, 0, 0x10])
 
 
@@ -71,7 +71,7 @@ def test_a_changed_byte_around_a_section_is_seen(data: st.DataObject) -> None:
 
 def test_a_description_that_is_no_json() -> None:
     text = b"{" + b"x" * 100 + b"}"
-    forged = bytes([0x7E, 0, 0, 0, 2]) + layout.END.pack(0, 6, len(text)) + text
+    forged = bytes([0x7E, 0, 0, 0, 2]) + constants.END.pack(0, 6, len(text)) + text
     with pytest.raises(Damaged, match="the description at the end cannot be read"):
         judge_end(forged)
 
@@ -90,7 +90,7 @@ def test_a_description_that_is_no_json() -> None:
 def test_a_forged_description(description: str) -> None:
     """As a guest could put it into its memory."""
     text = description.encode() + (b"]" * 60 + b"}" if description.endswith("[") else b"")
-    forged = bytes([0x7E, 0, 0, 0, 2]) + layout.END.pack(0, 6, len(text)) + text
+    forged = bytes([0x7E, 0, 0, 0, 2]) + constants.END.pack(0, 6, len(text)) + text
     with pytest.raises(Damaged):
         judge_end(forged)
 
@@ -108,14 +108,14 @@ def test_a_damaged_description_is_damage_and_no_bug(old: bytes, new: bytes) -> N
             judge_end(forged)
     text = json.dumps({"devices": [{"name": "x" * 300, "instance_id": 1 << 40, "fields": []}]}).encode()
     with pytest.raises(Damaged):
-        judge_end(bytes(20) + layout.END.pack(0, 6, len(text)) + text)
+        judge_end(bytes(20) + constants.END.pack(0, 6, len(text)) + text)
 
 
 def test_a_large_description() -> None:
     """1.6 MB, as with 200 vCPUs; the length's first two bytes are then not all zero."""
     pad = " " * 1_600_000
     text = ('{"page_size": 4096,' + pad + '"devices": []}').encode()
-    forged = bytes([0x7E, 0, 0, 0, 2]) + layout.END.pack(0, 6, len(text)) + text
+    forged = bytes([0x7E, 0, 0, 0, 2]) + constants.END.pack(0, 6, len(text)) + text
     assert description_at_end(forged) == (5, 11)
 
 
@@ -126,8 +126,8 @@ def test_no_bytes_make_it_fail_otherwise(data: bytes) -> None:
 
 
 def section(number: int, name: str, payload: bytes) -> bytes:
-    header = bytes([layout.QEMU_VM_SECTION_FULL]) + layout.U32.pack(number) + bytes([len(name)]) + name.encode()
-    return header + bytes(8) + payload + layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number)
+    header = bytes([constants.QEMU_VM_SECTION_FULL]) + constants.U32.pack(number) + bytes([len(name)]) + name.encode()
+    return header + bytes(8) + payload + constants.FOOTER.pack(constants.QEMU_VM_SECTION_FOOTER, number)
 
 
 def made_state(size: int) -> bytes:
@@ -138,9 +138,9 @@ def made_state(size: int) -> bytes:
         {"name": "globalstate", "instance_id": 0, "fields": [{**field, "name": "runstate", "size": 100}]},
     ]
     text = json.dumps({"page_size": 4096, "devices": devices}).encode()
-    ram = layout.U64.pack(layout.RAM_SAVE_FLAG_EOS) + layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, 2)
+    ram = constants.U64.pack(constants.RAM_SAVE_FLAG_EOS) + constants.FOOTER.pack(constants.QEMU_VM_SECTION_FOOTER, 2)
     sections = section(3, "gpu", bytes(size)) + section(4, "globalstate", b"running".ljust(100, b"\0"))
-    return ram + sections + layout.END.pack(0, 6, len(text)) + text
+    return ram + sections + constants.END.pack(0, 6, len(text)) + text
 
 
 def test_a_device_larger_than_what_is_held() -> None:

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.stream import facts, layout
-from vmstate.stream.check import judge
+from vmstate.stream import constants, device_facts
 from vmstate.stream.description import _size, description_at_end
 from vmstate.stream.devices import (
     NUMBERS,
@@ -26,6 +25,7 @@ from vmstate.stream.devices import (
     parse_description,
     to_json,
 )
+from vmstate.stream.validate import judge
 
 from unit.streams import NAMES, Pieces, names, refused, state
 
@@ -41,10 +41,10 @@ def sections(name: str) -> list[tuple[dict[str, Any], bytes]]:
     at, start = place
     found = []
     for device in reversed(parse_description(data[start:])["devices"]):
-        behind = at - layout.FOOTER.size
+        behind = at - constants.FOOTER.size
         first = behind - _size(device)
         at = first - (1 + 4 + 1 + len(device["name"].encode()) + 4 + 4)
-        if data[at] != layout.QEMU_VM_SECTION_FULL:
+        if data[at] != constants.QEMU_VM_SECTION_FULL:
             break  # those that come before RAM
         found.append((device, data[first:behind]))
     return found[::-1]
@@ -138,19 +138,19 @@ def test_json(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_facts(name: str) -> None:
     found = devices(name)
-    assert re.fullmatch("[a-z-]+", facts.runstate(found))
-    assert [cpu["index"] for cpu in facts.vcpus(found)] == list(range(len(facts.vcpus(found))))
-    for cpu in facts.vcpus(found):
+    assert re.fullmatch("[a-z-]+", device_facts.runstate(found))
+    assert [cpu["index"] for cpu in device_facts.vcpus(found)] == list(range(len(device_facts.vcpus(found))))
+    for cpu in device_facts.vcpus(found):
         assert cpu["mode"] in ("real", "protected", "long", "long (user)", "AArch32", "EL0", "EL1", "EL2", "EL3")
         assert "rip" in cpu or "pc" in cpu
-    for card in facts.nics(found):
+    for card in device_facts.nics(found):
         if card["model"] in ("virtio-net", "e1000", "e1000e", "igb", "rtl8139", "pcnet"):
             assert re.fullmatch("52:54:00(:[0-9a-f]{2}){3}", card["mac"]), card
-    for address, (vendor, _) in facts.pci(found).items():
+    for address, (vendor, _) in device_facts.pci(found).items():
         assert re.fullmatch("[0-9a-f:.]+", address)
         assert vendor in (0x8086, 0x1AF4, 0x1B36, 0x1234, 0x1022, 0x10EC, 0x1013, 0x15AD), address
     for part in found:
-        kept = facts.virtio(part)
+        kept = device_facts.virtio(part)
         is_virtio = part.root and any(field.type == "virtio" for field in part.root.fields)
         assert (kept is not None) == is_virtio
         # Behind what is the device's own are the subsections that all kinds share.
@@ -159,15 +159,15 @@ def test_facts(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_guest_that_has_not_run(name: str) -> None:
-    assert facts.runstate(devices(name)) == "prelaunch"
-    (cpu,) = facts.vcpus(devices(name))
+    assert device_facts.runstate(devices(name)) == "prelaunch"
+    (cpu,) = device_facts.vcpus(devices(name))
     assert (cpu["rip"], cpu["cr0"], cpu["flags"], cpu["mode"]) == (0xFFF0, 0x60000010, 2, "real")
     assert find_field(device(name, "cpu"), "env.segs[1].base").value == 0xFFFF0000
-    assert [(card["pci"], card["model"], card["mac"]) for card in facts.nics(devices(name))] == [
+    assert [(card["pci"], card["model"], card["mac"]) for card in device_facts.nics(devices(name))] == [
         ("0000:00:02.0", "virtio-net", "52:54:00:12:34:56"),
         ("0000:00:03.0", "e1000", "52:54:00:12:34:57"),
     ]
-    ids = facts.pci(devices(name))
+    ids = device_facts.pci(devices(name))
     assert (ids["0000:00:00.0"], ids["0000:00:02.0"], ids["0000:00:03.0"]) == (
         (0x8086, 0x29C0),
         (0x1AF4, 0x1000),
@@ -501,9 +501,9 @@ def judged(description: dict[str, Any], payload: bytes) -> None:
         return
     json.dumps(to_json(found)).encode()
     assert found.root and found.root.size <= len(payload)
-    for look in (facts.vcpus, facts.nics, facts.pci, facts.runstate):
+    for look in (device_facts.vcpus, device_facts.nics, device_facts.pci, device_facts.runstate):
         look([found])
-    facts.virtio(found)
+    device_facts.virtio(found)
 
 
 def test_a_section_before_ram_that_is_not_described_is_shown_as_bytes() -> None:
@@ -512,7 +512,7 @@ def test_a_section_before_ram_that_is_not_described_is_shown_as_bytes() -> None:
     description = json.loads(data[start:])
     early = description["devices"].pop(0)
     text = json.dumps(description).encode()
-    whole = data[:mark] + layout.END.pack(0, 6, len(text)) + text
+    whole = data[:mark] + constants.END.pack(0, 6, len(text)) + text
     part = judge(Pieces(whole)).parts[0]
     shown = decode_part(part)
     assert (shown.name, shown.instance, shown.root) == (early["name"], early["instance_id"], None)

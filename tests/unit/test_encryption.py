@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from vmstate.encrypt.encryption import Cipher, Receivers
+from vmstate.encrypt.cipher import Cipher, Receivers
 from vmstate.encrypt.gpg import Means, Passphrase
 from vmstate.errors import Damaged
 

@@ -1,11 +1,11 @@
 """What is looked up beyond a line, and in which order it counts."""
 
-from vmstate.announce import asking, finding
-from vmstate.announce.asking import Told
-from vmstate.announce.finding import AGENT, FILTER, FORWARDING, NEIGHBOURS, Found
-from vmstate.net import nics
-from vmstate.net.nics import Nic
-from vmstate.net.places import Target
+from vmstate.announce import guest_query, lookup
+from vmstate.announce.guest_query import Told
+from vmstate.announce.lookup import AGENT, FILTER, FORWARDING, NEIGHBOURS, Found
+from vmstate.net import nic
+from vmstate.net.egress import Target
+from vmstate.net.nic import Nic
 
 ONE, TWO, THREE = "52:54:00:12:34:56", "52:54:00:12:34:57", "52:54:00:12:34:58"
 
@@ -18,38 +18,38 @@ def told(**values):
 
 def test_a_family_is_asked_for_only_once():
     agent, neighbours = (AGENT, ("192.0.2.7", "192.0.2.8")), (NEIGHBOURS, ("192.0.2.9", "2001:db8::7"))
-    assert finding.further((), [agent, neighbours]) == {
+    assert lookup.further((), [agent, neighbours]) == {
         "192.0.2.7": AGENT,
         "192.0.2.8": AGENT,
         "2001:db8::7": NEIGHBOURS,
     }
-    assert finding.further(("192.0.2.1",), [agent, neighbours]) == {"2001:db8::7": NEIGHBOURS}
-    assert finding.further(("192.0.2.1", "fe80::1"), [agent, neighbours]) == {}
+    assert lookup.further(("192.0.2.1",), [agent, neighbours]) == {"2001:db8::7": NEIGHBOURS}
+    assert lookup.further(("192.0.2.1", "fe80::1"), [agent, neighbours]) == {}
 
 
 def test_the_order_of_the_sources(monkeypatch):
-    monkeypatch.setattr(nics, "neighbours", lambda: {ONE: ("192.0.2.9",), THREE: ("2001:db8::3",)})
-    monkeypatch.setattr(nics, "learned", lambda: {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:99",)})
+    monkeypatch.setattr(nic, "neighbours", lambda: {ONE: ("192.0.2.9",), THREE: ("2001:db8::3",)})
+    monkeypatch.setattr(nic, "learned", lambda: {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:99",)})
     place = Target(Nic(ONE, "tap0", ("2001:db8::1",)), "br0", "tap0")
     known = told(further={ONE: (THREE, TWO)}, vlans={ONE: (10, 20)}, addresses={ONE: ("192.0.2.7",)})
-    assert list(finding.find([place], known)) == [
+    assert list(lookup.find([place], known)) == [
         Found(place, {"192.0.2.7": AGENT}, fresh=False),
         Found(place._replace(nic=Nic(TWO, "tap0")), {None: FILTER}),
         Found(place._replace(nic=Nic(THREE, "tap0")), {None: FILTER, "2001:db8::3": NEIGHBOURS}),
         Found(place, {None: FILTER}, (10,)),
         Found(place, {None: FILTER}, (20,)),
     ]
-    assert list(finding.find([place], None)) == [
+    assert list(lookup.find([place], None)) == [
         Found(place, {"192.0.2.9": NEIGHBOURS}, fresh=False),
         Found(place._replace(nic=Nic(TWO, "tap0")), {None: FORWARDING}),
     ]
 
 
 def test_a_card_with_a_line_of_its_own_is_not_found_again(monkeypatch):
-    monkeypatch.setattr(nics, "neighbours", dict)
-    monkeypatch.setattr(nics, "learned", lambda: {"tap0": (ONE, TWO)})
+    monkeypatch.setattr(nic, "neighbours", dict)
+    monkeypatch.setattr(nic, "learned", lambda: {"tap0": (ONE, TWO)})
     places = [Target(Nic(mac, "tap0"), "br0", "tap0") for mac in (ONE, TWO)]
-    assert list(finding.find(places, None)) == []
+    assert list(lookup.find(places, None)) == []
 
 
 def entry(**values):
@@ -59,16 +59,16 @@ def entry(**values):
 
 
 def test_the_filter_of_a_card():
-    assert asking.unicast(entry(unicast_table=[TWO.upper(), ONE, TWO])) == (TWO,)
-    assert asking.vlans(entry(vlan="normal", vlan_table=[20, 0, 10])) == (10, 20)
-    assert asking.vlans(entry(vlan="all", vlan_table=[20])) == ()
-    assert asking.vlans(entry(vlan="normal", vlan_table=list(range(4096)))) == ()
-    assert asking.unicast({"main-mac": ONE}) == asking.vlans({}) == ()
+    assert guest_query.unicast(entry(unicast_table=[TWO.upper(), ONE, TWO])) == (TWO,)
+    assert guest_query.vlans(entry(vlan="normal", vlan_table=[20, 0, 10])) == (10, 20)
+    assert guest_query.vlans(entry(vlan="all", vlan_table=[20])) == ()
+    assert guest_query.vlans(entry(vlan="normal", vlan_table=list(range(4096)))) == ()
+    assert guest_query.unicast({"main-mac": ONE}) == guest_query.vlans({}) == ()
 
 
 def test_a_finder_works_beside(monkeypatch):
-    monkeypatch.setattr(nics, "neighbours", lambda: {ONE: ("192.0.2.9",)})
-    finder = finding.Finder("nowhere.qmp")
+    monkeypatch.setattr(nic, "neighbours", lambda: {ONE: ("192.0.2.9",)})
+    finder = lookup.Finder("nowhere.qmp")
     place = Target(Nic(ONE, "br0"), "br0")
     finder.look([place])
     assert finder.jobs == 1

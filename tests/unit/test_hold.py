@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate.io.hold import Pipes, Place, Ring, hold
-from vmstate.io.octets import BLOCK, write_all
+from vmstate.io.descriptors import BLOCK, write_all
+from vmstate.io.holdback import Pipes, Place, Ring, hold
 
 PLACES: dict[str, Callable[[int], Place]] = {"pipes": Pipes, "ring": lambda size: Ring(size + BLOCK)}
 

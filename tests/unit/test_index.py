@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmstate.errors import CannotDo
-from vmstate.inspect.survey import survey, survey_index
-from vmstate.stream import layout
-from vmstate.stream.check import State
-from vmstate.stream.pages import AGAIN, NORMAL, ZERO, PageMap
+from vmstate.inspect.summary import survey, survey_index
+from vmstate.stream import constants
+from vmstate.stream.page_map import AGAIN, NORMAL, ZERO, PageMap
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Block, Blocks, EndOfBody, Packed, Pages, Record
+from vmstate.stream.validate import State
 from vmstate.stream.writer import encode
-from vmstate.vmz import index, packing, vmz
-from vmstate.vmz.statefile import RawFile, state_of
-from vmstate.vmz.vmzfile import VmzFile
+from vmstate.vmz import convert, file_format, page_index
+from vmstate.vmz.state_file import RawFile, state_of
+from vmstate.vmz.vmz_file import VmzFile
 
 from unit.packed import kept, pack
 from unit.streams import GOOD, Pieces, state
@@ -33,7 +33,7 @@ RAM = Block(b"pc.ram", 40 * PAGE)
 # Room for the name in the first record of each run
 NAMED = 1 + len(RAM.name)
 # Some runs and pages that are kept, down to one
-FEW = [(index.MOST_RUNS, index.MOST_PAGES), (8, 1 << 20), (1 << 20, 16), (1, 1), (0, 0)]
+FEW = [(page_index.MOST_RUNS, page_index.MOST_PAGES), (8, 1 << 20), (1 << 20, 16), (1, 1), (0, 0)]
 PLAIN, DELTA = "plain", "delta"
 
 
@@ -41,7 +41,7 @@ PLAIN, DELTA = "plain", "delta"
 def opened(stream: bytes, cache: int = 32 << 20) -> Iterator[VmzFile]:
     fd = os.memfd_create("state")
     try:
-        packing.compress(Pieces(stream), fd, 1, 2)
+        convert.compress(Pieces(stream), fd, 1, 2)
         os.lseek(fd, 0, os.SEEK_SET)
         yield VmzFile(fd, cache=cache)
     finally:
@@ -60,7 +60,7 @@ def records(sent: list[Sent]) -> Iterator[Record]:
     for kind, first, count in sent:
         if kind == DELTA:
             for page in range(first, first + count):
-                made: Record = Packed(RAM, layout.RAM_SAVE_FLAG_XBZRLE, True, page * PAGE, b"1234", offset=offset)
+                made: Record = Packed(RAM, constants.RAM_SAVE_FLAG_XBZRLE, True, page * PAGE, b"1234", offset=offset)
                 yield made
                 offset += len(encode(made))
         else:
@@ -74,7 +74,7 @@ def model(sent: list[Sent]) -> dict[int, tuple[int, int]]:
     last: dict[int, tuple[int, int]] = {}
     for record in records(sent):
         if isinstance(record, Packed):
-            new = [(record.address // PAGE, NORMAL | index.PACKED, record.offset)]
+            new = [(record.address // PAGE, NORMAL | page_index.PACKED, record.offset)]
         else:
             assert isinstance(record, Pages)
             ((address, count),) = record.runs
@@ -85,9 +85,9 @@ def model(sent: list[Sent]) -> dict[int, tuple[int, int]]:
     return last
 
 
-def indexed(sent: list[Sent]) -> index.BlockIndex:
+def indexed(sent: list[Sent]) -> page_index.BlockIndex:
     """There and back."""
-    places, page_map = index.Places(), PageMap(RAM, PAGE)
+    places, page_map = page_index.Places(), PageMap(RAM, PAGE)
     places.see(Blocks(RAM.size, (RAM,)))
     for record in records(sent):
         places.see(record)
@@ -97,7 +97,9 @@ def indexed(sent: list[Sent]) -> index.BlockIndex:
         elif isinstance(record, Packed):
             page_map.mark(record.address, 1, False)
     made = places.records(State(maps={RAM.name: page_map}))
-    found = index.parse_blocks({vmz.REC_BLOCK: [data for kind, data in made if kind == vmz.REC_BLOCK]}, 0)[RAM.name]
+    found = page_index.parse_blocks(
+        {file_format.REC_BLOCK: [data for kind, data in made if kind == file_format.REC_BLOCK]}, 0
+    )[RAM.name]
     assert (found.block, found.page, found.again) == (RAM, PAGE, page_map.again)
     assert found.page_map().kinds() == page_map.kinds()
     assert found.page_map().count() == page_map.count()
@@ -120,8 +122,8 @@ def agrees(sent: list[Sent]) -> None:
 @pytest.fixture(params=FEW, ids=str)
 def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, pages = request.param
-    monkeypatch.setattr(index, "MOST_RUNS", runs)
-    monkeypatch.setattr(index, "MOST_PAGES", pages)
+    monkeypatch.setattr(page_index, "MOST_RUNS", runs)
+    monkeypatch.setattr(page_index, "MOST_PAGES", pages)
 
 
 CASES: dict[str, list[Sent]] = {
@@ -157,7 +159,7 @@ def test_what_is_last_in_each_case() -> None:
         with pytest.raises(IndexError):
             found.find(number)
     found = indexed(CASES["deltas"])
-    assert found.find(4) == (NORMAL | AGAIN | index.PACKED, 100 + NAMED + 40 * 4104)
+    assert found.find(4) == (NORMAL | AGAIN | page_index.PACKED, 100 + NAMED + 40 * 4104)
     assert len(list(found.runs())) < 14
 
 
@@ -169,15 +171,15 @@ sends = st.lists(st.tuples(st.sampled_from([PLAIN, PLAIN, ZERO, DELTA]), spans).
 @settings(deadline=None, max_examples=300)
 def test_any_order_of_pages(sent: list[Sent], few: tuple[int, int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "MOST_RUNS", few[0])
-        patch.setattr(index, "MOST_PAGES", few[1])
+        patch.setattr(page_index, "MOST_RUNS", few[0])
+        patch.setattr(page_index, "MOST_PAGES", few[1])
         agrees(sent)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that writes the same pages again and again costs no more than once."""
-    monkeypatch.setattr(index, "MOST_RUNS", 100)
-    layers, most = index._Layers(), 0
+    monkeypatch.setattr(page_index, "MOST_RUNS", 100)
+    layers, most = page_index._Layers(), 0
     for record in records([(PLAIN, page % 40, 1) for page in range(0, 40 * 500, 7)]):
         assert isinstance(record, Pages)
         layers.add(record)
@@ -206,7 +208,7 @@ def test_every_page(name: str) -> None:
         for block in file.blocks.values():
             for number in range(block.pages):
                 kind, place = walk.last.get((block.block.name.decode(), number), (0, 0))
-                if kind & index.PACKED:
+                if kind & page_index.PACKED:
                     with pytest.raises(LookupError, match="sent as a difference, or packed"):
                         file.page(block.block.name, number)
                     continue
@@ -273,8 +275,8 @@ def test_pages_that_are_sent_again_in_a_real_state() -> None:
 
 @pytest.mark.parametrize("cache", [0, 256 << 10, 32 << 20])
 def test_reads_over_edges_and_a_bound_of_the_cache(cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vmz, "FRAME", 64 << 10)
-    monkeypatch.setattr(vmz, "GROUP", 3 * (64 << 10))
+    monkeypatch.setattr(file_format, "FRAME", 64 << 10)
+    monkeypatch.setattr(file_format, "GROUP", 3 * (64 << 10))
     stream = state("q35-7.2")
     with opened(stream, cache) as file:
         assert len(file.pieces) > 8
@@ -296,7 +298,7 @@ def test_windows_make_no_difference(window: int, monkeypatch: pytest.MonkeyPatch
     for name in ("live-7.2", "compress-7.2", "virtio-mem-10.0"):
         monkeypatch.undo()
         with opened(state(name)) as other:
-            monkeypatch.setattr(index, "WINDOW", window)
+            monkeypatch.setattr(page_index, "WINDOW", window)
         with opened(state(name)) as file:
             for key, block in file.blocks.items():
                 same = other.blocks[key]
@@ -306,7 +308,9 @@ def test_windows_make_no_difference(window: int, monkeypatch: pytest.MonkeyPatch
 def test_it_is_small() -> None:
     for name in ("q35-10.0", "virt-aarch64-7.2"):
         with opened(state(name)) as file:
-            size = sum(len(data) for kind in (vmz.REC_STATE, vmz.REC_BLOCK) for data in file.records[kind])
+            size = sum(
+                len(data) for kind in (file_format.REC_STATE, file_format.REC_BLOCK) for data in file.records[kind]
+            )
             assert size < 3000, name
             assert sum(len(block.starts) for block in file.blocks.values()) < 400
 
@@ -331,7 +335,7 @@ def test_a_plain_state_has_the_same_index(name: str) -> None:
         assert survey_index(file).values() == survey_index(other).values()
         for key, block in file.blocks.items():
             for n in range(block.pages):
-                if not block.find(n)[0] & index.PACKED:
+                if not block.find(n)[0] & page_index.PACKED:
                     assert file.page(key, n) == other.page(key, n)
 
 

@@ -4,9 +4,9 @@ import os
 
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate.announce.lines import LONGEST, Lines, hold_open
+from vmstate.announce.nic_input import LONGEST, Lines, hold_open
 from vmstate.errors import Damaged
-from vmstate.net.nics import Nic
+from vmstate.net.nic import Nic
 
 ONE, TWO = "52:54:00:12:34:56", "52:54:00:12:34:57"
 TEXT = f"{ONE} br0 192.0.2.7\n\nnonsense\n{TWO} -".encode()

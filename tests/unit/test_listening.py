@@ -3,7 +3,7 @@
 import pytest
 from scapy.all import ARP, IP, TCP, Ether, ICMPv6ND_NA, ICMPv6ND_NS, ICMPv6NDOptDstLLAddr, IPv6
 from vmstate.net import frames
-from vmstate.net.listening import Seen, address_told, is_for
+from vmstate.net.sniffer import Seen, address_told, is_for
 
 MAC, OTHER = "52:54:00:12:34:56", "52:54:00:12:34:57"
 

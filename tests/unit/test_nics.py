@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import Damaged, WrongUsage
-from vmstate.net import nics
-from vmstate.net.nics import Nic
+from vmstate.net import nic as net_nic
+from vmstate.net.nic import Nic
 
 ONE, TWO = "52:54:00:12:34:56", "52:54:00:12:34:57"
 
@@ -18,12 +18,14 @@ def plain(mac_bytes):
 
 macs = st.binary(min_size=6, max_size=6).map(plain).filter(lambda mac: mac != "00:00:00:00:00:00")
 ifaces = st.none() | st.from_regex(r"[a-z][a-z0-9._-]{0,14}", fullmatch=True)
-addresses = st.ip_addresses().filter(nics._announceable).filter(lambda ip: not getattr(ip, "scope_id", None)).map(str)
+addresses = (
+    st.ip_addresses().filter(net_nic._announceable).filter(lambda ip: not getattr(ip, "scope_id", None)).map(str)
+)
 
 
 @given(st.builds(Nic, macs, ifaces, st.lists(addresses, max_size=4, unique=True).map(tuple)))
 def test_a_line_comes_back(nic):
-    assert nics.parse_line(nics.line(nic)) == nic
+    assert net_nic.parse_line(net_nic.line(nic)) == nic
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_a_line_comes_back(nic):
     ],
 )
 def test_lines(text, expected):
-    assert nics.parse_line(text) == expected
+    assert net_nic.parse_line(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,30 +66,30 @@ def test_lines(text, expected):
 )
 def test_bad_lines(text, words):
     with pytest.raises(Damaged) as caught:
-        nics.parse_line(text, 7)
+        net_nic.parse_line(text, 7)
     assert str(caught.value).startswith("line 7: ")
     assert words in str(caught.value)
     mac, iface, *rest = [*text.split(), ""][: max(2, len(text.split()))]
     with pytest.raises(WrongUsage):
-        nics.from_arguments(mac, iface or "/", rest)
+        net_nic.from_arguments(mac, iface or "/", rest)
 
 
 @given(st.text(max_size=200))
 def test_any_text_is_lines_or_damaged(text):
     try:
-        found = nics.parse_lines(text)
+        found = net_nic.parse_lines(text)
     except Damaged as error:
         assert str(error).startswith("line ")
         assert str(error).isprintable()
     else:
-        assert nics.parse_lines("".join(nics.line(nic) + "\n" for nic in found)) == found
+        assert net_nic.parse_lines("".join(net_nic.line(nic) + "\n" for nic in found)) == found
 
 
 def test_lines_are_counted_with_the_empty_ones():
-    assert nics.parse_lines("\n\n") == []
-    assert nics.parse_lines(f"{ONE} a\n\n{TWO} -") == [Nic(ONE, "a"), Nic(TWO)]
+    assert net_nic.parse_lines("\n\n") == []
+    assert net_nic.parse_lines(f"{ONE} a\n\n{TWO} -") == [Nic(ONE, "a"), Nic(TWO)]
     with pytest.raises(Damaged, match="^line 3: "):
-        nics.parse_lines(f"{ONE} a\n\n{TWO}\n")
+        net_nic.parse_lines(f"{ONE} a\n\n{TWO}\n")
 
 
 def card(name, mac, more="", queue=0):
@@ -136,7 +138,7 @@ HELPER = card("virtio-net-pci.0", ONE, tap("helper=(null),br=br7"))
 
 @pytest.fixture(autouse=True)
 def no_neighbours(monkeypatch):
-    monkeypatch.setattr(nics, "neighbours", dict)
+    monkeypatch.setattr(net_nic, "neighbours", dict)
 
 
 @pytest.mark.parametrize(
@@ -157,15 +159,15 @@ def no_neighbours(monkeypatch):
     ],
 )
 def test_info_network(text, expected):
-    assert [(nic.mac, nic.iface) for nic in nics.from_info_network(text, None)] == expected
+    assert [(nic.mac, nic.iface) for nic in net_nic.from_info_network(text, None)] == expected
 
 
 def test_the_filter_knows_what_the_guest_changed():
     changed = [{"name": "virtio-net-pci.0", "main-mac": "52:54:00:AA:BB:CC"}, {"name": "other", "main-mac": ONE}]
-    assert [nic.mac for nic in nics.from_info_network(NIC_FORMS, None, changed)] == ["52:54:00:aa:bb:cc", TWO]
+    assert [nic.mac for nic in net_nic.from_info_network(NIC_FORMS, None, changed)] == ["52:54:00:aa:bb:cc", TWO]
     for useless in ("", "00:00:00:00:00:00", "01:00:5e:00:00:01", "x"):
         filters = [{"name": "virtio-net-pci.0", "main-mac": useless}]
-        assert nics.from_info_network(NIC_FORMS, None, filters)[0].mac == ONE
+        assert net_nic.from_info_network(NIC_FORMS, None, filters)[0].mac == ONE
 
 
 @pytest.fixture
@@ -175,8 +177,8 @@ def process(tmp_path, monkeypatch):
     (tmp_path / "42/fd").mkdir()
     os.symlink("/dev/null", tmp_path / "42/fd/0")
     (tmp_path / "42/fdinfo/0").write_text("pos:\t0\nflags:\t02100002\n")
-    monkeypatch.setattr(nics, "PROC", str(tmp_path))
-    monkeypatch.setattr(nics, "SYS", str(tmp_path))
+    monkeypatch.setattr(net_nic, "PROC", str(tmp_path))
+    monkeypatch.setattr(net_nic, "SYS", str(tmp_path))
 
     def add(number, iface, bridge="br7"):
         (tmp_path / f"42/fdinfo/{number}").write_text(
@@ -190,7 +192,7 @@ def process(tmp_path, monkeypatch):
 
 
 def found(text, pid=42):
-    return [nic.iface for nic in nics.from_info_network(text, pid)]
+    return [nic.iface for nic in net_nic.from_info_network(text, pid)]
 
 
 def test_a_tap_by_descriptor(process):
@@ -238,19 +240,19 @@ def test_neighbours():
         {"dst": "2001:db8::1", "dev": "br0", "lladdr": TWO, "router": None, "state": ["REACHABLE"]},
         {"dst": "nonsense", "dev": "br0", "lladdr": TWO, "state": ["REACHABLE"]},
     ]
-    assert nics.from_neighbours(entries) == {ONE: ("192.0.2.7", "192.0.2.70", "2001:db8::7", "fe80::7")}
+    assert net_nic.from_neighbours(entries) == {ONE: ("192.0.2.7", "192.0.2.70", "2001:db8::7", "fe80::7")}
 
 
 def test_addresses_of_the_neighbour_table(monkeypatch):
-    monkeypatch.setattr(nics, "neighbours", lambda: {TWO: ("192.0.2.7",)})
-    assert nics.from_info_network(NIC_FORMS, None) == [Nic(ONE), Nic(TWO, "tap0", ("192.0.2.7",))]
+    monkeypatch.setattr(net_nic, "neighbours", lambda: {TWO: ("192.0.2.7",)})
+    assert net_nic.from_info_network(NIC_FORMS, None) == [Nic(ONE), Nic(TWO, "tap0", ("192.0.2.7",))]
 
 
 def test_without_the_tool_there_are_no_neighbours(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(nics, "TOOLS", "/nowhere")
+    monkeypatch.setattr(net_nic, "TOOLS", "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert nics.neighbours() == {}
+    assert net_nic.neighbours() == {}
 
 
 def test_what_a_bridge_has_learned():
@@ -264,12 +266,12 @@ def test_what_a_bridge_has_learned():
         {"mac": "52:54:00:12:34:59", "ifname": "up0", "master": "br0", "flags": [], "state": "stale"},
         {"mac": "nonsense", "ifname": "up0", "master": "br0"},
     ]
-    assert nics.from_forwarding(entries) == {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:59",)}
+    assert net_nic.from_forwarding(entries) == {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:59",)}
 
 
 def test_what_an_address_and_a_mac_look_like():
-    assert nics.announceable("192.0.2.7") and nics.announceable("fe80::1")
+    assert net_nic.announceable("192.0.2.7") and net_nic.announceable("fe80::1")
     for text in ("", "fe80::1%eth0", "224.0.0.1", "127.0.0.1", "192.0.2.7/24", "x"):
-        assert not nics.announceable(text)
-    assert nics.is_mac(ONE) and nics.is_mac("52-54-00-AB-CD-EF")
-    assert not nics.is_mac("a.qmp")
+        assert not net_nic.announceable(text)
+    assert net_nic.is_mac(ONE) and net_nic.is_mac("52-54-00-AB-CD-EF")
+    assert not net_nic.is_mac("a.qmp")

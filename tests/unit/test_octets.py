@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import CannotDo, WrongUsage
-from vmstate.io import octets
-from vmstate.io.octets import FdReader, Output, Pushback, read_up_to, unread, wait_until_read, write_all
+from vmstate.io import descriptors
+from vmstate.io.descriptors import FdReader, Output, Pushback, read_up_to, unread, wait_until_read, write_all
 
 from unit.streams import Pieces
 
@@ -118,10 +118,10 @@ def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_kinds(tmp_path: Path) -> None:
     with (tmp_path / "f").open("wb") as file:
-        assert octets.kind(file.fileno()) == "file"
+        assert descriptors.kind(file.fileno()) == "file"
     ours, theirs = os.pipe()
-    assert octets.kind(ours) == "pipe"
-    assert octets.kind(os.open("/dev/null", os.O_RDONLY)) == "other"
+    assert descriptors.kind(ours) == "pipe"
+    assert descriptors.kind(os.open("/dev/null", os.O_RDONLY)) == "other"
     master, slave = os.openpty()
-    assert octets.kind(slave) == "terminal"
-    assert octets.kind(socket.socketpair()[0].detach()) == "socket"
+    assert descriptors.kind(slave) == "terminal"
+    assert descriptors.kind(socket.socketpair()[0].detach()) == "socket"

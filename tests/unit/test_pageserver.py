@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from vm import until
 from vmstate.errors import CannotDo, Damaged
-from vmstate.restore.pageserver import Lost, PageServer, Place
+from vmstate.restore.page_server import Lost, PageServer, Place
 from vmstate.restore.postcopy import PAGE, Opening, ReturnPath, have_of, opening_of
-from vmstate.stream import layout
+from vmstate.stream import constants
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Pages
-from vmstate.vmz.statefile import RawFile, StateFile
-from vmstate.vmz.vmzfile import VmzFile
+from vmstate.vmz.state_file import RawFile, StateFile
+from vmstate.vmz.vmz_file import VmzFile
 
 from unit.streams import Pieces, state
 
@@ -37,14 +37,14 @@ NAMES = [BIG, "q35-7.2", "live-7.2", "live-10.0", "virtio-mem-10.0", "virt-aarch
 def big() -> bytes:
     """A state that ends with 1500 pages more, in two blocks, those of one of them out of order."""
     content = state("q35-7.2")
-    end_of_body = layout.U64.pack(layout.RAM_SAVE_FLAG_EOS)
+    end_of_body = constants.U64.pack(constants.RAM_SAVE_FLAG_EOS)
     at = content.index(end_of_body + b"\x7e") + 8
     last = content.rindex(end_of_body + content[at : at + 5])
     chance = random.Random(1)
     body = []
     for name, pages in ((VRAM, range(1200)), (b"pc.ram", chance.sample(range(300), 300))):
         for page in pages:
-            word = layout.U64.pack(page * PAGE | layout.RAM_SAVE_FLAG_PAGE)
+            word = constants.U64.pack(page * PAGE | constants.RAM_SAVE_FLAG_PAGE)
             body.append(word + bytes((len(name),)) + name + chance.randbytes(PAGE))
     return content[:last] + b"".join(body) + content[last:]
 
@@ -77,8 +77,8 @@ def copies_in(data: bytes) -> dict[Place, bytes]:
 
 
 def asked_for(name: bytes, number: int) -> bytes:
-    what = layout.U64.pack(number * PAGE) + layout.U32.pack(PAGE) + bytes((len(name),)) + name
-    return layout.U16.pack(layout.MIG_RP_MSG_REQ_PAGES_ID) + layout.U16.pack(len(what)) + what
+    what = constants.U64.pack(number * PAGE) + constants.U32.pack(PAGE) + bytes((len(name),)) + name
+    return constants.U16.pack(constants.MIG_RP_MSG_REQ_PAGES_ID) + constants.U16.pack(len(what)) + what
 
 
 class Reader:
@@ -103,7 +103,7 @@ class Reader:
             self._take(self._skip)
             while self._record():
                 pass
-            self._end.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, 0))
+            self._end.sendall(constants.SHUT.pack(constants.MIG_RP_MSG_SHUT, 4, 0))
         except BaseException as error:  # noqa: BLE001 - for the test
             self.error = error
 
@@ -116,14 +116,14 @@ class Reader:
     def _record(self) -> bool:
         word = int.from_bytes(self._take(8), "big")
         flags = word & 0xFFF
-        if flags == layout.RAM_SAVE_FLAG_EOS:
+        if flags == constants.RAM_SAVE_FLAG_EOS:
             assert self._take(len(self._closing) - 8) == self._closing[8:]
             return False
-        if not flags & layout.RAM_SAVE_FLAG_CONTINUE:
+        if not flags & constants.RAM_SAVE_FLAG_CONTINUE:
             self._block = self._take(self._take(1)[0])
-        kind = flags & ~layout.RAM_SAVE_FLAG_CONTINUE
-        assert kind in (layout.RAM_SAVE_FLAG_ZERO, layout.RAM_SAVE_FLAG_PAGE)
-        content = self._take(PAGE) if kind == layout.RAM_SAVE_FLAG_PAGE else b""
+        kind = flags & ~constants.RAM_SAVE_FLAG_CONTINUE
+        assert kind in (constants.RAM_SAVE_FLAG_ZERO, constants.RAM_SAVE_FLAG_PAGE)
+        content = self._take(PAGE) if kind == constants.RAM_SAVE_FLAG_PAGE else b""
         assert content or self._take(1) == b"\0"
         with self.came:
             self.pages.append(((self._block, word // PAGE), content))
@@ -455,7 +455,7 @@ def test_qemu_goes_away(opened: Open, serve: Serve) -> None:
 
 def test_qemu_ends_it_as_failed(opened: Open, serve: Serve) -> None:
     serving = serve(opened(BIG), on_demand=True)
-    serving.theirs.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, 1))
+    serving.theirs.sendall(constants.SHUT.pack(constants.MIG_RP_MSG_SHUT, 4, 1))
     serving.start()
     serving.reader.start()
     with pytest.raises(Lost, match="ended with status 1"):

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 from vmstate.errors import CannotDo
-from vmstate.net import netlink, openvswitch, places
-from vmstate.net.nics import Nic
+from vmstate.net import bridge_fdb, egress, openvswitch
+from vmstate.net.nic import Nic
 
 MAC = "52:54:00:12:34:56"
 
@@ -38,16 +38,16 @@ def system(tmp_path, monkeypatch):
             os.symlink(f"../{master}", place / "master")
         return place
 
-    monkeypatch.setattr(places, "SYS", str(tmp_path))
+    monkeypatch.setattr(egress, "SYS", str(tmp_path))
     # No Open vSwitch either.
     monkeypatch.setattr(openvswitch, "TOOLS", "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(places.socket, "if_nametoindex", index)
+    monkeypatch.setattr(egress.socket, "if_nametoindex", index)
     return add
 
 
 def where(iface):
-    found = places.target(Nic(MAC, iface))
+    found = egress.target(Nic(MAC, iface))
     return found.iface, found.tap
 
 
@@ -104,8 +104,8 @@ def test_a_macvtap_leads_to_its_lower_device(system):
     system("mv2", lower="up1", flags=0x1002)
     assert where("mv0") == ("mv0", None)
     assert where("mv1") == ("up0", None)
-    assert places.lower_of("mv0") == "up0"
-    assert places.lower_of("up0") is None
+    assert egress.lower_of("mv0") == "up0"
+    assert egress.lower_of("up0") is None
     with pytest.raises(CannotDo, match="up1 is down"):
         where("mv2")
 
@@ -115,16 +115,16 @@ def test_a_given_interface(system):
     system("tap0", tap=True, master="br0")
     system("tap1", tap=True)
     system("up0")
-    found = [places.target(Nic(MAC, name), "up0") for name in ("tap0", "tap1", "br0")]
+    found = [egress.target(Nic(MAC, name), "up0") for name in ("tap0", "tap1", "br0")]
     assert [(place.iface, place.tap) for place in found] == [("up0", "tap0"), ("up0", None), ("up0", None)]
     with pytest.raises(CannotDo, match="up9 does not exist"):
-        places.target(Nic(MAC, "tap0"), "up9")
+        egress.target(Nic(MAC, "tap0"), "up9")
 
 
 def test_what_was_seen_of_an_interface_counts_for_a_while(system, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(places.time, "monotonic", lambda: now[0])
-    seen = places.Places()
+    monkeypatch.setattr(egress.time, "monotonic", lambda: now[0])
+    seen = egress.Places()
     with pytest.raises(CannotDo):
         seen.of(Nic(MAC, "x0"))
     system("x0")
@@ -132,7 +132,7 @@ def test_what_was_seen_of_an_interface_counts_for_a_while(system, monkeypatch):
         seen.of(Nic(MAC, "x0"))
     now[0] += 2
     for mac in (MAC, "52:54:00:12:34:57"):
-        assert seen.of(Nic(mac, "x0")) == places.Target(Nic(mac, "x0"), "x0")
+        assert seen.of(Nic(mac, "x0")) == egress.Target(Nic(mac, "x0"), "x0")
 
 
 def test_the_request_to_move_an_entry():
@@ -140,9 +140,9 @@ def test_the_request_to_move_an_entry():
     words = bytes.fromhex(
         "28000000 1c00 0505 01000000 00000000 07000000 07000000 0200 04 00 0a00 0200 525400123456 0000"
     )
-    assert netlink.entry(bytes.fromhex("525400123456"), 7) == words
+    assert bridge_fdb.entry(bytes.fromhex("525400123456"), 7) == words
 
 
 def test_a_kernel_that_refuses():
     with pytest.raises(OSError, match="."):
-        netlink.move_entry(bytes.fromhex("525400123456"), socket.if_nametoindex("lo"))
+        bridge_fdb.move_entry(bytes.fromhex("525400123456"), socket.if_nametoindex("lo"))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from streams.walk import Walk
 from vmstate.errors import CannotDo
 from vmstate.restore.postcopy import BITMAP_END, BITMAP_LIMIT, NoIndex, NotLazy, Opening, ReturnPath, Said, opening_of
-from vmstate.stream import layout
-from vmstate.vmz.statefile import RawFile
+from vmstate.stream import constants
+from vmstate.vmz.state_file import RawFile
 
 from unit.streams import GOOD, state
 
@@ -24,8 +24,8 @@ WHOLE = {
     "ignore-shared": "not in it .x-ignore-shared",
 }
 LAZY = [name for name in GOOD if name.rpartition("-")[0] not in WHOLE]
-ADVISED = [layout.MIG_CMD_OPEN_RETURN_PATH, layout.MIG_CMD_POSTCOPY_ADVISE]
-PACKAGE = [layout.MIG_CMD_PACKAGED, layout.MIG_CMD_POSTCOPY_LISTEN, layout.MIG_CMD_POSTCOPY_RUN]
+ADVISED = [constants.MIG_CMD_OPEN_RETURN_PATH, constants.MIG_CMD_POSTCOPY_ADVISE]
+PACKAGE = [constants.MIG_CMD_PACKAGED, constants.MIG_CMD_POSTCOPY_LISTEN, constants.MIG_CMD_POSTCOPY_RUN]
 
 
 def file_of(folder: Path, data: bytes) -> io.FileIO:
@@ -53,10 +53,10 @@ def test_the_opening_of_every_state(name: str, tmp_path: Path) -> None:
     assert (walk.parts, walk.ended, walk.flags) == (1, True, {})
     assert walk.early == whole.early
     told = [number for number, _ in walk.commands]
-    discards = [layout.MIG_CMD_POSTCOPY_RAM_DISCARD] * len(whole.blocks)
-    knows = layout.MIG_CMD_SWITCHOVER_START in [number for number, _ in whole.commands]
-    assert told == ADVISED + discards + [layout.MIG_CMD_SWITCHOVER_START] * knows + PACKAGE
-    assert [data for number, data in walk.commands if number == layout.MIG_CMD_POSTCOPY_RAM_DISCARD] == [
+    discards = [constants.MIG_CMD_POSTCOPY_RAM_DISCARD] * len(whole.blocks)
+    knows = constants.MIG_CMD_SWITCHOVER_START in [number for number, _ in whole.commands]
+    assert told == ADVISED + discards + [constants.MIG_CMD_SWITCHOVER_START] * knows + PACKAGE
+    assert [data for number, data in walk.commands if number == constants.MIG_CMD_POSTCOPY_RAM_DISCARD] == [
         b"\0" + bytes((len(block),)) + block.encode() + b"\0" + bytes(8) + size.to_bytes(8, "big")
         for block, size in whole.blocks.items()
     ]
@@ -72,8 +72,8 @@ def test_the_devices_are_those_of_the_state(name: str, tmp_path: Path) -> None:
     assert end is not None
     assert data[end - len(found.devices) : end] == found.devices
     before = data[end - len(found.devices) - 5 : end - len(found.devices)]
-    switchover = layout.COMMAND.pack(layout.QEMU_VM_COMMAND, layout.MIG_CMD_SWITCHOVER_START, 0)
-    after_ram = layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, found.number)
+    switchover = constants.COMMAND.pack(constants.QEMU_VM_COMMAND, constants.MIG_CMD_SWITCHOVER_START, 0)
+    after_ram = constants.FOOTER.pack(constants.QEMU_VM_SECTION_FOOTER, found.number)
     assert before in (after_ram, switchover) or found.devices.startswith(b"\4")
 
 
@@ -98,27 +98,29 @@ def test_a_file_without_an_index() -> None:
 
 def message(said: Said, named: bool) -> bytes:
     """As QEMU sends it; named: with the block, else the last one goes on."""
-    number = layout.U16.pack
+    number = constants.U16.pack
     match said.kind:
-        case layout.MIG_RP_MSG_RECV_BITMAP:
+        case constants.MIG_RP_MSG_RECV_BITMAP:
             head = number(said.kind) + number(1 + len(said.block)) + bytes((len(said.block),)) + said.block
-            return head + layout.U64.pack(len(said.bitmap)) + said.bitmap + layout.U64.pack(BITMAP_END)
-        case layout.MIG_RP_MSG_REQ_PAGES_ID | layout.MIG_RP_MSG_REQ_PAGES:
-            what = layout.U64.pack(said.start) + layout.U32.pack(said.size)
+            return head + constants.U64.pack(len(said.bitmap)) + said.bitmap + constants.U64.pack(BITMAP_END)
+        case constants.MIG_RP_MSG_REQ_PAGES_ID | constants.MIG_RP_MSG_REQ_PAGES:
+            what = constants.U64.pack(said.start) + constants.U32.pack(said.size)
             if not named:
-                return number(layout.MIG_RP_MSG_REQ_PAGES) + number(12) + what
+                return number(constants.MIG_RP_MSG_REQ_PAGES) + number(12) + what
             what += bytes((len(said.block),)) + said.block
-            return number(layout.MIG_RP_MSG_REQ_PAGES_ID) + number(len(what)) + what
-    return number(said.kind) + number(4) + layout.U32.pack(said.value)
+            return number(constants.MIG_RP_MSG_REQ_PAGES_ID) + number(len(what)) + what
+    return number(said.kind) + number(4) + constants.U32.pack(said.value)
 
 
 BLOCK = st.binary(min_size=1, max_size=255)
 NUMBER = st.integers(0, (1 << 32) - 1)
 SAID = st.one_of(
-    st.builds(Said, st.just(layout.MIG_RP_MSG_SHUT), value=NUMBER),
-    st.builds(Said, st.just(layout.MIG_RP_MSG_RESUME_ACK), value=NUMBER),
-    st.builds(Said, st.just(layout.MIG_RP_MSG_RECV_BITMAP), BLOCK, bitmap=st.binary(max_size=600)),
-    st.builds(Said, st.just(layout.MIG_RP_MSG_REQ_PAGES_ID), BLOCK, start=st.integers(0, (1 << 64) - 1), size=NUMBER),
+    st.builds(Said, st.just(constants.MIG_RP_MSG_SHUT), value=NUMBER),
+    st.builds(Said, st.just(constants.MIG_RP_MSG_RESUME_ACK), value=NUMBER),
+    st.builds(Said, st.just(constants.MIG_RP_MSG_RECV_BITMAP), BLOCK, bitmap=st.binary(max_size=600)),
+    st.builds(
+        Said, st.just(constants.MIG_RP_MSG_REQ_PAGES_ID), BLOCK, start=st.integers(0, (1 << 64) - 1), size=NUMBER
+    ),
 )
 
 
@@ -128,9 +130,9 @@ def test_in_pieces_of_any_size(wanted: list[Said], sizes: list[int]) -> None:
     expected: list[Said] = []
     for said in wanted:
         named = said.block != block
-        if said.kind == layout.MIG_RP_MSG_REQ_PAGES_ID:
+        if said.kind == constants.MIG_RP_MSG_REQ_PAGES_ID:
             block = said.block
-            kind = said.kind if named else layout.MIG_RP_MSG_REQ_PAGES
+            kind = said.kind if named else constants.MIG_RP_MSG_REQ_PAGES
             expected.append(Said(kind, said.block, said.start, said.size))
         else:
             expected.append(said)
@@ -163,8 +165,8 @@ def test_any_bytes_are_understood_or_refused(parts: list[bytes]) -> None:
     ("data", "words"),
     [
         (b"\0\3\xff\xff", "message 3 of 65535 bytes"),
-        (b"\0\5\0\2\1x" + layout.U64.pack(BITMAP_LIMIT + 1), "a bitmap of"),
-        (b"\0\5\0\2\1x" + layout.U64.pack(8) + bytes(16), "without its end"),
+        (b"\0\5\0\2\1x" + constants.U64.pack(BITMAP_LIMIT + 1), "a bitmap of"),
+        (b"\0\5\0\2\1x" + constants.U64.pack(8) + bytes(16), "without its end"),
     ],
 )
 def test_what_makes_no_sense(data: bytes, words: str) -> None:

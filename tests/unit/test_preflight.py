@@ -5,7 +5,7 @@ import json
 
 import pytest
 from vmstate.migrate.preflight import Finding, compare
-from vmstate.qemu import cpuid, gather, qtree
+from vmstate.qemu import cpu_features, inventory, qtree
 
 FILE = {"block": False, "id": [1, 2], "world": None, "head": "x"}
 MEDIUM = {"format": "qcow2", "size": 8, "ro": False, "name": "/d", "file": FILE, "temporary": False}
@@ -155,11 +155,11 @@ def test_subnets_need_one_in_common():
 
 
 def test_features_that_have_no_name():
-    assert cpuid.lacking({"00000007.1 EAX": 1 << 31, "99 EAX": 1}, {}) == [
+    assert cpu_features.lacking({"00000007.1 EAX": 1 << 31, "99 EAX": 1}, {}) == [
         "CPUID 00000007.1 EAX bit 31",
         "CPUID 99 EAX bit 0",
     ]
-    assert cpuid.lacking({"80000001 EDX": 1 << 20 | 1}, {}) == ["nx"]
+    assert cpu_features.lacking({"80000001 EDX": 1 << 20 | 1}, {}) == ["nx"]
 
 
 def test_what_kvm_offers_counts_between_two_on_kvm():
@@ -180,7 +180,7 @@ def test_what_kvm_offers_counts_between_two_on_kvm():
     ],
 )
 def test_what_is_at_the_bottom_of_a_name(name, innermost):
-    assert gather.innermost(name) == innermost
+    assert inventory.innermost(name) == innermost
 
 
 QTREE = """bus: main-system-bus

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.io.octets import Window
-from vmstate.stream import layout
-from vmstate.stream.pages import AGAIN, CHUNK, NORMAL, UNSENT, ZERO, PageMap
+from vmstate.io.descriptors import Window
+from vmstate.stream import constants
+from vmstate.stream.page_map import AGAIN, CHUNK, NORMAL, UNSENT, ZERO, PageMap
 from vmstate.stream.ram import Ram
 from vmstate.stream.records import Block, Blocks, EndOfBody, Packed, Pages, Record
 from vmstate.stream.writer import encode
@@ -15,17 +15,17 @@ from unit.streams import Pieces
 
 PAGE = 4096
 NEAR, FAR = Block(b"near", 64 * PAGE), Block(b"far away", 1024 * PAGE)
-EOS = layout.U64.pack(layout.RAM_SAVE_FLAG_EOS)
+EOS = constants.U64.pack(constants.RAM_SAVE_FLAG_EOS)
 CONTENT = bytes(range(1, 256)) * 16 + bytes(16)
-Z, P, C = layout.RAM_SAVE_FLAG_ZERO, layout.RAM_SAVE_FLAG_PAGE, layout.RAM_SAVE_FLAG_CONTINUE
-XBZRLE, COMPRESS = layout.RAM_SAVE_FLAG_XBZRLE, layout.RAM_SAVE_FLAG_COMPRESS_PAGE
+Z, P, C = constants.RAM_SAVE_FLAG_ZERO, constants.RAM_SAVE_FLAG_PAGE, constants.RAM_SAVE_FLAG_CONTINUE
+XBZRLE, COMPRESS = constants.RAM_SAVE_FLAG_XBZRLE, constants.RAM_SAVE_FLAG_COMPRESS_PAGE
 
 
 def word(number: int, flags: int, name: bytes = b"") -> bytes:
     """The word of page `number`, and the name of its block where it is not continued."""
     if flags & C:
-        return layout.U64.pack(number * PAGE | flags)
-    return layout.U64.pack(number * PAGE | flags) + bytes((len(name),)) + name
+        return constants.U64.pack(number * PAGE | flags)
+    return constants.U64.pack(number * PAGE | flags) + bytes((len(name),)) + name
 
 
 def zero(number: int, name: bytes = b"") -> bytes:
@@ -130,7 +130,7 @@ def test_any_order(pages: list[tuple[int, bool, bool]], piece: int) -> None:
 
 
 def test_other_pages_than_of_4_kib() -> None:
-    body = layout.U64.pack(3 << 16 | Z) + b"\4near\0" + layout.U64.pack(2 << 16 | P | C) + bytes(1 << 16) + EOS
+    body = constants.U64.pack(3 << 16 | Z) + b"\4near\0" + constants.U64.pack(2 << 16 | P | C) + bytes(1 << 16) + EOS
     ram = ram_of(body)
     ram.page = 1 << 16
     first, second, _ = ram.body(False)
@@ -139,8 +139,8 @@ def test_other_pages_than_of_4_kib() -> None:
 
 
 def test_packed_pages() -> None:
-    delta = word(3, XBZRLE, b"near") + b"\1" + layout.U16.pack(3) + b"abc"
-    packed = word(4, COMPRESS | C) + layout.U32.pack(2) + b"xy"
+    delta = word(3, XBZRLE, b"near") + b"\1" + constants.U16.pack(3) + b"abc"
+    packed = word(4, COMPRESS | C) + constants.U32.pack(2) + b"xy"
     assert read(delta + packed + EOS) == [
         Packed(NEAR, XBZRLE, True, 3 * PAGE, b"abc"),
         Packed(NEAR, COMPRESS, False, 4 * PAGE, b"xy"),
@@ -169,17 +169,20 @@ def test_a_block_goes_on_in_the_next_section() -> None:
         (word(0, XBZRLE | C), "page at offset 0 continues a block, but there was none before it"),
         (zero(0, b"near")[:-1] + b"\1", "a page at offset 0 or behind it is of one byte that is not zero"),
         (zero(0, b"near") + zero(1)[:-1] + b"\1", "a page at offset 0 or behind it is of one byte that is not zero"),
-        (layout.U64.pack(0), "no record of RAM at offset 0: found 0x0000000000000000"),
-        (layout.U64.pack(Z | P), "no record of RAM at offset 0: found 0x000000000000000a"),
-        (layout.U64.pack(PAGE | 0x10), "no record of RAM at offset 0: found 0x0000000000001010"),
-        (layout.U64.pack(0x30), "no record of RAM at offset 0: found 0x0000000000000030"),
-        (layout.U64.pack(0x400), "no record of RAM at offset 0: found 0x0000000000000400"),
-        (layout.U64.pack(0x200), r"pages of this state are not in this stream .*: flag 0x200 at offset 0"),
-        (layout.U64.pack(0x80), r"pages of this state are not in this stream .*: flag 0x80 at offset 0"),
-        (zero(0, b"near") + layout.U64.pack(PAGE | 0x122) + bytes(9), "no record of RAM .*: found 0x0000000000001122"),
+        (constants.U64.pack(0), "no record of RAM at offset 0: found 0x0000000000000000"),
+        (constants.U64.pack(Z | P), "no record of RAM at offset 0: found 0x000000000000000a"),
+        (constants.U64.pack(PAGE | 0x10), "no record of RAM at offset 0: found 0x0000000000001010"),
+        (constants.U64.pack(0x30), "no record of RAM at offset 0: found 0x0000000000000030"),
+        (constants.U64.pack(0x400), "no record of RAM at offset 0: found 0x0000000000000400"),
+        (constants.U64.pack(0x200), r"pages of this state are not in this stream .*: flag 0x200 at offset 0"),
+        (constants.U64.pack(0x80), r"pages of this state are not in this stream .*: flag 0x80 at offset 0"),
+        (
+            zero(0, b"near") + constants.U64.pack(PAGE | 0x122) + bytes(9),
+            "no record of RAM .*: found 0x0000000000001122",
+        ),
         (word(0, XBZRLE, b"near") + b"\2\0\1x", "delta of a page at offset 0: found encoding 2, 1 bytes"),
         (word(0, XBZRLE, b"near") + b"\1\x10\1", "delta of a page at offset 0: found encoding 1, 4097 bytes"),
-        (word(0, COMPRESS, b"near") + layout.U32.pack(8193), "packed page at offset 0: found 8193 bytes"),
+        (word(0, COMPRESS, b"near") + constants.U32.pack(8193), "packed page at offset 0: found 8193 bytes"),
         (word(0, COMPRESS, b"near") + b"\xff\xff\xff\xff", "packed page at offset 0: found 4294967295 bytes"),
         (zero(0, b"near"), "truncated at offset 14, in a record of RAM"),
         (plain(0, b"near")[:-1], "truncated at offset 4108, in a page of RAM"),

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.io.octets import FdReader, Window, channel
-from vmstate.stream import layout
-from vmstate.stream.check import judge
+from vmstate.io.descriptors import FdReader, Window, channel
+from vmstate.stream import constants
 from vmstate.stream.ram import Ram
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Command, Description, Devices, EndOfBody, Footer, Pages, Record, Section
+from vmstate.stream.validate import judge
 from vmstate.stream.writer import encode
 
 from unit.streams import BAD, GOOD, Pieces, names, refused, state
@@ -188,7 +188,7 @@ def with_payload(payload: bytes, name: str = SMALL) -> bytes:
 
 
 def fake(length: int, text: bytes) -> bytes:
-    return bytes((layout.QEMU_VM_SECTION_FOOTER, 1, 2, 3, 4)) + layout.END.pack(0, 6, length) + text
+    return bytes((constants.QEMU_VM_SECTION_FOOTER, 1, 2, 3, 4)) + constants.END.pack(0, 6, length) + text
 
 
 @pytest.mark.parametrize(
@@ -246,8 +246,8 @@ def test_a_header_before_the_rounds_of_ram() -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_a_round_of_ram_is_not_taken_for_an_early_device(name: str) -> None:
     """Also where no page tells that it is missing, since not all are in the state."""
-    rounds = [r.offset for r, _ in records(name) if isinstance(r, Section) and r.tag != layout.QEMU_VM_SECTION_START]
-    assert damage(changed(state(name), rounds[0], bytes((layout.QEMU_VM_SECTION_FULL,))))
+    rounds = [r.offset for r, _ in records(name) if isinstance(r, Section) and r.tag != constants.QEMU_VM_SECTION_START]
+    assert damage(changed(state(name), rounds[0], bytes((constants.QEMU_VM_SECTION_FULL,))))
 
 
 def u32(number: int) -> bytes:
@@ -306,9 +306,9 @@ def test_what_is_said_of_a_wrong_beginning(data: bytes, words: str) -> None:
 def test_a_command_more_is_as_good() -> None:
     """PING: it belongs to the return path, and says nothing about the state."""
     at = place("microvm-7.2", Section)
-    ping = encode(Command(layout.MIG_CMD_PING, u32(1)))
+    ping = encode(Command(constants.MIG_CMD_PING, u32(1)))
     data = state("microvm-7.2")
-    assert judge(Pieces(data[:at] + ping + data[at:])).commands == [layout.MIG_CMD_PING]
+    assert judge(Pieces(data[:at] + ping + data[at:])).commands == [constants.MIG_CMD_PING]
 
 
 def test_all_streams_are_named() -> None:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 from vmstate.errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError, WrongUsage
-from vmstate.qemu.process import check_arguments, monitor_path
-from vmstate.qemu.waiting import refusal
+from vmstate.qemu.incoming import refusal
+from vmstate.qemu.launch import check_arguments, monitor_path
 from vmstate.report import Report, rate_value, size_words, time_words
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.io.octets import HOLD, FdReader, read_up_to
-from vmstate.stream.check import judge
-from vmstate.vmz import compression, index, packing, vmz, zstd
-from vmstate.vmz.statefile import state_of
-from vmstate.vmz.vmzfile import vmz_file
+from vmstate.io.descriptors import HOLD, FdReader, read_up_to
+from vmstate.stream.validate import judge
+from vmstate.vmz import convert, decompress, file_format, page_index, zstd
+from vmstate.vmz.state_file import state_of
+from vmstate.vmz.vmz_file import vmz_file
 
 from unit.packed import (
     HARMLESS,
@@ -43,8 +43,8 @@ REAL = "q35-7.2"
 def small() -> Iterator[None]:
     """Frames of 64 KiB, three a group."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vmz, "FRAME", SMALL)
-        patch.setattr(vmz, "GROUP", 3 * SMALL)
+        patch.setattr(file_format, "FRAME", SMALL)
+        patch.setattr(file_format, "GROUP", 3 * SMALL)
         yield
 
 
@@ -67,7 +67,7 @@ def some(length: int) -> bytes:
 
 
 def in_one_pass(data: bytes, piece: int = 1 << 30) -> bytes:
-    return b"".join(vmz.Unvmz(Pieces(data, piece)).pieces())
+    return b"".join(file_format.Unvmz(Pieces(data, piece)).pieces())
 
 
 def as_zstd(data: bytes) -> bytes:
@@ -81,7 +81,7 @@ def refused(data: bytes, words: str = ".") -> None:
     readers: list[Callable[[], object]] = [
         lambda: unpack(data),
         lambda: unpack(data, other=True),
-        lambda: judge(compression.plain(Pieces(data))),
+        lambda: judge(decompress.plain(Pieces(data))),
         lambda: at_random(data),
     ]
     for reader in readers:
@@ -102,8 +102,8 @@ def test_a_state(name: str) -> None:
     content = state(name)
     data = pack(content)
     assert unpack(data) == in_one_pass(data) == at_random(data) == content
-    assert judge(compression.plain(Pieces(data))).size == len(content)
-    assert not vmz.parse_head(data[8:20]).flags
+    assert judge(decompress.plain(Pieces(data))).size == len(content)
+    assert not file_format.parse_head(data[8:20]).flags
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -125,7 +125,7 @@ def longer(content: bytes, count: int) -> bytes:
 def test_a_state_that_is_cut_or_goes_on() -> None:
     content = longer(state("pc-7.2"), 1000)
     chance = random.Random(5)
-    for at in [1, 4, 100, vmz.FRAME, *(chance.randrange(len(content)) for _ in range(10)), len(content) - 1]:
+    for at in [1, 4, 100, file_format.FRAME, *(chance.randrange(len(content)) for _ in range(10)), len(content) - 1]:
         left = pack_cut(content[:at])
         refused(left)
         # What came is there, but for the bytes that the judge still held.
@@ -136,7 +136,16 @@ def test_a_state_that_is_cut_or_goes_on() -> None:
     refused(pack_cut(content + content))
 
 
-@pytest.mark.parametrize("edge", [vmz.FRAME, 2 * vmz.FRAME, vmz.GROUP, vmz.GROUP + vmz.FRAME, 2 * vmz.GROUP])
+@pytest.mark.parametrize(
+    "edge",
+    [
+        file_format.FRAME,
+        2 * file_format.FRAME,
+        file_format.GROUP,
+        file_format.GROUP + file_format.FRAME,
+        2 * file_format.GROUP,
+    ],
+)
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 def test_sizes_at_the_edges(edge: int, beside: int) -> None:
     content = some(edge + beside)
@@ -144,8 +153,8 @@ def test_sizes_at_the_edges(edge: int, beside: int) -> None:
     assert unpack(data, other=True) == at_random(data) == content
     sizes = [end.at - start.at for start, end in zip(frames(data), frames(data)[1:], strict=False)]
     count = sum(frame.number is None for frame in frames(data))
-    assert len(sizes) >= count == -(-len(content) // vmz.FRAME)
-    assert len(groups(data)) == -(-len(content) // vmz.GROUP)
+    assert len(sizes) >= count == -(-len(content) // file_format.FRAME)
+    assert len(groups(data)) == -(-len(content) // file_format.GROUP)
 
 
 def test_nothing() -> None:
@@ -173,14 +182,14 @@ def test_a_state_in_pieces(piece: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 200])
 def test_threads_make_no_difference(threads: int) -> None:
-    content = some(5 * vmz.GROUP // 2)
+    content = some(5 * file_format.GROUP // 2)
     assert pack(content, other=True, threads=threads) == pack(content, other=True, threads=1)
 
 
 def test_a_view_of_any_size() -> None:
     """`readinto` gives what `pieces` gives, 0 only at the end, and that again and again."""
-    content, found = some(2 * vmz.FRAME + 5), bytearray()
-    reader, view = vmz.Unvmz(Pieces(pack(content, other=True))), memoryview(bytearray(vmz.FRAME + 3))
+    content, found = some(2 * file_format.FRAME + 5), bytearray()
+    reader, view = file_format.Unvmz(Pieces(pack(content, other=True))), memoryview(bytearray(file_format.FRAME + 3))
     while count := reader.readinto(view):
         found += view[:count]
     assert found == content
@@ -189,29 +198,29 @@ def test_a_view_of_any_size() -> None:
 
 
 def test_the_last_bytes_leave_only_with_the_end() -> None:
-    content = some(HOLD + 7 * vmz.GROUP)
+    content = some(HOLD + 7 * file_format.GROUP)
     data = pack(content, other=True)
     end = frames(data)[-2]
     for cut in (end.at, end.at + 20, end.end, len(data) - 1):
         with kept() as fd:
             with pytest.raises(Damaged, match="truncated"):
-                packing.decompress(Pieces(data[:cut]), fd, 2, other=True)
+                convert.decompress(Pieces(data[:cut]), fd, 2, other=True)
             left = os.fstat(fd).st_size
         # Groups that were being unpacked are not there.
-        assert 2 * vmz.GROUP < left <= len(content) - HOLD
+        assert 2 * file_format.GROUP < left <= len(content) - HOLD
 
 
 # At random
 
 
 def test_reads_over_every_edge() -> None:
-    content = some(2 * vmz.GROUP + vmz.FRAME + 100)
+    content = some(2 * file_format.GROUP + file_format.FRAME + 100)
     with opened(pack(content, other=True)) as file:
         assert (file.content, file.facts, file.blocks) == (len(content), None, {})
-        edges = [*range(0, len(content), vmz.FRAME), vmz.GROUP, 2 * vmz.GROUP, len(content)]
+        edges = [*range(0, len(content), file_format.FRAME), file_format.GROUP, 2 * file_format.GROUP, len(content)]
         for edge in edges:
             for offset in (edge - 4096, edge - 4095, edge - 1, edge, edge + 1):
-                for count in (1, 4096, 2 * vmz.FRAME + 5):
+                for count in (1, 4096, 2 * file_format.FRAME + 5):
                     if 0 <= offset <= offset + count <= len(content):
                         assert file.read(offset, count) == content[offset : offset + count], (offset, count)
         assert file.read(0, len(content)) == content
@@ -296,15 +305,15 @@ def test_what_is_no_file() -> None:
 def with_end(data: bytes, records: list[tuple[int, bytes]]) -> bytes:
     """The same file with other records in its end record."""
     end, seek = frames(data)[-2:]
-    body = b"".join(vmz.RECORD_HEAD.pack(kind, 0, len(content)) + content for kind, content in records)
-    made = zstd.skippable(vmz.END, vmz.digest(body).to_bytes(8, "little") + body)
-    entry = seek.end - vmz.SEEK_END.size - vmz.SEEK_ENTRY.size
+    body = b"".join(file_format.RECORD_HEAD.pack(kind, 0, len(content)) + content for kind, content in records)
+    made = zstd.skippable(file_format.END, file_format.digest(body).to_bytes(8, "little") + body)
+    entry = seek.end - file_format.SEEK_END.size - file_format.SEEK_ENTRY.size
     return data[: end.at] + made + data[seek.at : entry] + struct.pack("<I", len(made)) + data[entry + 4 :]
 
 
 def records_of(data: bytes) -> list[tuple[int, bytes]]:
     end = frames(data)[-2]
-    found = vmz.parse_end(data[end.at + 8 : end.end], end.at)
+    found = file_format.parse_end(data[end.at + 8 : end.end], end.at)
     return [(kind, content) for kind, contents in found.items() for content in contents]
 
 
@@ -328,15 +337,15 @@ def test_a_record_that_is_not_known(real: bytes) -> None:
 
 
 def test_records_that_are_missing(real: bytes) -> None:
-    refused(replaced(real, vmz.REC_TOTALS, None), "no totals")
+    refused(replaced(real, file_format.REC_TOTALS, None), "no totals")
     refused(with_end(real, [*records_of(real), records_of(real)[0]]), "no totals")
-    for kind in (vmz.REC_STATE, vmz.REC_BLOCK):
+    for kind in (file_format.REC_STATE, file_format.REC_BLOCK):
         without = replaced(real, kind, None)
         for reader in (unpack, at_random):
             with pytest.raises(Damaged, match="the index of the state is missing"):
                 reader(without)
     # Enough for one pass, not for reading at random
-    without = replaced(real, vmz.REC_GROUPS, None)
+    without = replaced(real, file_format.REC_GROUPS, None)
     assert unpack(without) == state(REAL)
     with pytest.raises(Damaged, match="no table of groups"):
         at_random(without)
@@ -351,7 +360,7 @@ def test_a_head_that_is_not_known(real: bytes) -> None:
         (19, 0x80, "flags 0x80000000"),
     ):
         refused(real[:at] + bytes((value,)) + real[at + 1 :], words)
-    for size in (0, 1, vmz.LEAST_FRAME - 1, vmz.MOST_FRAME + 1, 0xFFFFFFFF):
+    for size in (0, 1, file_format.LEAST_FRAME - 1, file_format.MOST_FRAME + 1, 0xFFFFFFFF):
         refused(real[:12] + struct.pack("<I", size) + real[16:], f"frames of {size} bytes")
 
 
@@ -411,14 +420,14 @@ def test_frames_that_are_missing_doubled_or_swapped(real: bytes) -> None:
 def test_tables_with_a_digest_of_their_own(real: bytes) -> None:
     """A forged table fits neither its frames nor the end record, and breaks no reader."""
     chance = random.Random(7)
-    tables = [frame for frame in frames(real) if frame.number == vmz.TABLE]
+    tables = [frame for frame in frames(real) if frame.number == file_format.TABLE]
     for _ in range(150):
         table = chance.choice(tables)
         body = bytearray(real[table.at + 16 : table.end])
         body[chance.randrange(len(body))] = chance.randrange(256)
         if body == real[table.at + 16 : table.end]:
             continue
-        forged = vmz.digest(bytes(body)).to_bytes(8, "little") + body
+        forged = file_format.digest(bytes(body)).to_bytes(8, "little") + body
         refused(real[: table.at + 8] + forged + real[table.end :])
 
 
@@ -430,15 +439,15 @@ def test_an_end_record_with_a_digest_of_its_own(real: bytes) -> None:
         number = chance.randrange(len(records))
         kind, content = records[number]
         changed = bytearray(content)
-        if kind == vmz.REC_TOTALS or chance.random() < 0.5:
+        if kind == file_format.REC_TOTALS or chance.random() < 0.5:
             changed[chance.randrange(len(changed))] = chance.randrange(256)
         else:
             # Below the packing, where there is one
             head = content.index(zstd.FRAME.to_bytes(4, "little"))
-            plain = bytearray(vmz.unpack(content[head:], 1 << 20, 0))
+            plain = bytearray(file_format.unpack(content[head:], 1 << 20, 0))
             for _ in range(chance.randrange(1, 4)):
                 plain[chance.randrange(len(plain))] = chance.choice([0, 1, 2, 255, chance.randrange(256)])
-            changed = bytearray(content[:head] + vmz.pack(bytes(plain)))
+            changed = bytearray(content[:head] + file_format.pack(bytes(plain)))
         forged = with_end(real, [*records[:number], (kind, bytes(changed)), *records[number + 1 :]])
         for reader in (unpack, look):
             try:
@@ -498,29 +507,29 @@ def test_every_cut_and_every_bit_of_a_little_file() -> None:
 def test_an_index_of_another_state(real: bytes, other: bytes) -> None:
     """With all digests right: the facts do not fit the devices."""
     theirs = dict(records_of(other))
-    mixed = replaced(real, vmz.REC_STATE, theirs[vmz.REC_STATE])
+    mixed = replaced(real, file_format.REC_STATE, theirs[file_format.REC_STATE])
     with opened(mixed) as file, pytest.raises(Damaged):
         state_of(file)
 
 
 def test_records_of_no_sense() -> None:
-    block = index.BLOCK_HEAD.pack(2, 1 << 20, 4096, 0, 1) + b"pc"
+    block = page_index.BLOCK_HEAD.pack(2, 1 << 20, 4096, 0, 1) + b"pc"
     for data in (
         b"",
         block,
         block + b"no frame",
-        block + vmz.pack(b""),
-        block + vmz.pack(struct.pack("<IBq", 255, 2, 9)),
-        block + vmz.pack(struct.pack("<IB", 256, 2)),
-        block + vmz.pack(struct.pack("<IBq", 256, 2, -9)),
-        block + vmz.pack(struct.pack("<IBq", 256, 1, 9)),
-        block + vmz.pack(struct.pack("<IBqB", 256, 2, 9, 9)),
-        index.BLOCK_HEAD.pack(2, 1 << 20, 0, 0, 1) + b"pc" + vmz.pack(struct.pack("<IBq", 256, 2, 9)),
+        block + file_format.pack(b""),
+        block + file_format.pack(struct.pack("<IBq", 255, 2, 9)),
+        block + file_format.pack(struct.pack("<IB", 256, 2)),
+        block + file_format.pack(struct.pack("<IBq", 256, 2, -9)),
+        block + file_format.pack(struct.pack("<IBq", 256, 1, 9)),
+        block + file_format.pack(struct.pack("<IBqB", 256, 2, 9, 9)),
+        page_index.BLOCK_HEAD.pack(2, 1 << 20, 0, 0, 1) + b"pc" + file_format.pack(struct.pack("<IBq", 256, 2, 9)),
     ):
         with pytest.raises(Damaged, match="its index cannot be read|record at offset 7"):
-            index.parse_block(data, 7)
-    whole = index.parse_block(block + vmz.pack(struct.pack("<IBq", 256, 2, 9)), 7)
+            page_index.parse_block(data, 7)
+    whole = page_index.parse_block(block + file_format.pack(struct.pack("<IBq", 256, 2, 9)), 7)
     assert whole.find(255) == (2, 9 + 255 * 4104)
     for text in (b"", b"[]", b"{}", b'{"page":4096}', b"\xff", b'"early devices description"'):
         with pytest.raises(Damaged, match="its facts about the state cannot be read"):
-            index.parse_facts({vmz.REC_STATE: [vmz.pack(text)]}, 7)
+            page_index.parse_facts({file_format.REC_STATE: [file_format.pack(text)]}, 7)

@@ -4,7 +4,7 @@ import re
 import subprocess
 
 import pytest
-from vmstate.migrate import ways
+from vmstate.migrate import uri
 
 URI = "ssh://hostb:2222/run/b.qmp"
 
@@ -20,8 +20,8 @@ def ciphers(argv):
 def argv(monkeypatch):
     def made(vm_ssh, aes=True):
         monkeypatch.setenv("VM_SSH", vm_ssh)
-        monkeypatch.setattr(ways, "has_aes", lambda: aes)
-        return ways.way_of(URI).argv()
+        monkeypatch.setattr(uri, "has_aes", lambda: aes)
+        return uri.way_of(URI).argv()
 
     return made
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import CannotDo
+from ..net.egress import Target, send, steer, target
 from ..net.frames import of_card
-from ..net.places import Target, send, steer, target
 
 __all__ = ["Failure", "Target", "announce", "packet_socket", "schedule", "steer", "target"]
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ..net.egress import send
 from ..net.frames import Frame, of_addresses, of_card
-from ..net.listening import Ear
-from ..net.places import send
-from .finding import Found
+from ..net.sniffer import Ear
+from .lookup import Found
 
 
 class Item:

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import CannotDo, Refused, WrongUsage
-from ..qemu.gather import RAW, innermost
-from ..qemu.guest import patiently, wait_for
+from ..qemu.control import patiently, wait_for
+from ..qemu.inventory import RAW, innermost
 from ..qemu.monitor import Monitor
 
 OVERLAY, INTERNAL = "overlay", "internal"

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CannotDo, Damaged, Misfit
-from ..io.octets import Output, write_all
-from ..net.nics import from_info_network
+from ..io.descriptors import Output, write_all
+from ..net.nic import from_info_network
 from ..qemu.monitor import Monitor
 from . import disks
 

@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-from ..io.octets import BLOCK, channel, memory
-from ..qemu.guest import ram_blocks, require_sendable
+from ..io.descriptors import BLOCK, channel, memory
+from ..qemu.control import ram_blocks, require_sendable
 from ..qemu.monitor import Monitor
 
 PAGE = 4096

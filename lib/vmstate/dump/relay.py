@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import CannotDo, Damaged
-from ..io.octets import HOLD, Pushback, Reader, enlarge, kind, read_up_to, splice, write_all
-from ..stream import layout
-from ..stream.check import Judge, State, judge
+from ..io.descriptors import HOLD, Pushback, Reader, enlarge, kind, read_up_to, splice, write_all
+from ..stream import constants
 from ..stream.reader import StateReader
 from ..stream.records import Blocks, Command, Configuration
+from ..stream.validate import Judge, State, judge
 
 PIECE = 64 << 10
 
@@ -142,7 +142,7 @@ class Peeked:
 def answer(qemu: socket.socket, status: int) -> None:
     """Tell a waiting QEMU how the far end fared (0: it has the whole state).  The point of no return."""
     try:
-        qemu.sendall(layout.SHUT.pack(layout.MIG_RP_MSG_SHUT, 4, status))
+        qemu.sendall(constants.SHUT.pack(constants.MIG_RP_MSG_SHUT, 4, status))
     except OSError as error:
         raise CannotDo("QEMU gave up when it had sent everything") from error
 
@@ -200,8 +200,8 @@ class Outgoing:
         return count
 
     def _see_command(self, command: Command) -> None:
-        if command.number in (layout.MIG_CMD_OPEN_RETURN_PATH, layout.MIG_CMD_PING):
-            self._cuts.append((command.offset, command.offset + layout.COMMAND.size + len(command.data)))
+        if command.number in (constants.MIG_CMD_OPEN_RETURN_PATH, constants.MIG_CMD_PING):
+            self._cuts.append((command.offset, command.offset + constants.COMMAND.size + len(command.data)))
 
     def _pass(self, view: memoryview) -> None:
         """What is to leave of these bytes, the next ones of the stream."""

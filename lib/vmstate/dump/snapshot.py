@@ -13,15 +13,15 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..cli.command import no_more_signals, release_signals
+from ..cli.run import no_more_signals, release_signals
 from ..errors import CannotDo, Refused, Stopped, VmstateError
-from ..io.octets import BLOCK
+from ..io.descriptors import BLOCK
 from ..progress import Progress
-from ..qemu import guest, hugepages
+from ..qemu import control, hugepages
 from ..qemu.monitor import Monitor
-from ..stream.check import State
-from .dump import Dump, sample
-from .guard import Drain
+from ..stream.validate import State
+from .live import Dump, sample
+from .watchdog import Drain
 
 WORDS = {
     "not supported by host kernel": "userfaultfd with write-protection is missing in this kernel, or for root alone: "
@@ -40,12 +40,12 @@ def possible(path: str) -> bool:
 
     NoSnapshot where it runs, and a snapshot cannot be had.
     """
-    found = guest.Found()
+    found = control.Found()
     with Monitor(path) as monitor:
-        if guest.require_sendable(monitor, path).run not in ("running", "suspended"):
+        if control.require_sendable(monitor, path).run not in ("running", "suspended"):
             return False
         try:
-            guest.prepare(monitor, guest.SNAPSHOT, {}, found)
+            control.prepare(monitor, control.SNAPSHOT, {}, found)
         except Refused as error:
             hints = [hint for words, hint in WORDS.items() if words in error.text.lower()]
             raise NoSnapshot(f"no snapshot of the guest at {path}: {error.text}", *hints, OTHERWISE) from error
@@ -57,7 +57,7 @@ def possible(path: str) -> bool:
 class Snapshot(Dump):
     """As `Dump`; the guest is not given away, and runs (or stands) as before."""
 
-    CAPABILITIES = guest.SNAPSHOT
+    CAPABILITIES = control.SNAPSHOT
     _pause: float | None = None
     _talk: "_Talk | None" = None
 
@@ -67,7 +67,7 @@ class Snapshot(Dump):
                 pid = monitor.pid()
             huge = hugepages.find(pid)
             state = self._send()
-            standing = guest.wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
+            standing = control.wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
             if standing.migration != "completed":
                 raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
             self._prove()
@@ -76,9 +76,9 @@ class Snapshot(Dump):
         except BaseException as error:
             raise self._put_back(error) from error
         with contextlib.suppress(Refused):
-            guest.patiently(self._plan.path, self._sending.found.put_back)
+            control.patiently(self._plan.path, self._sending.found.put_back)
         self._guard.done()
-        after = guest.glance(self._plan.path)
+        after = control.glance(self._plan.path)
         outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
         # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
         hugepages.make_whole(pid, huge)
@@ -172,18 +172,18 @@ def discarding(fd: int) -> Iterator[None]:
 def drain(path: str, fd: int) -> None:
     """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
     with discarding(fd):
-        had = guest.patiently(path, _unlimited, guest.FOR_EVER)
+        had = control.patiently(path, _unlimited, control.FOR_EVER)
         if had is None:
             return
         try:
-            guest.wait_for(path, lambda standing: not standing.moving, guest.FOR_EVER, "to end its snapshot")
+            control.wait_for(path, lambda standing: not standing.moving, control.FOR_EVER, "to end its snapshot")
         finally:
-            guest.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
+            control.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
 
 
 def _unlimited(monitor: Monitor) -> int | None:
     """Lift the limit of what QEMU sends; what it was, None where it sends nothing any more."""
-    if not guest.look(monitor).moving:
+    if not control.look(monitor).moving:
         return None
     had = int(monitor.ask("query-migrate-parameters").get("max-bandwidth", 0))
     monitor.ask("migrate-set-parameters", max_bandwidth=0)

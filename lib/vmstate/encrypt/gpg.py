@@ -18,8 +18,8 @@ from typing import Any
 import gnupg
 
 from ..errors import CannotDo
-from ..io.hold import Place
-from ..io.octets import BLOCK, EVEN, HOLD, SPLICE_F_NONBLOCK, FdReader, channel, enlarge, kind, memory, write_all
+from ..io.descriptors import BLOCK, EVEN, HOLD, SPLICE_F_NONBLOCK, FdReader, channel, enlarge, kind, memory, write_all
+from ..io.holdback import Place
 
 # gpg writes 8 KiB at a time; who waits for each of them wakes up a hundred times as often as needed.
 NAP = 0.0005

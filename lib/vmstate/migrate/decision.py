@@ -7,8 +7,8 @@ import contextlib
 from typing import Any
 
 from ..errors import GuestGone, Refused
-from ..qemu import marks
-from ..qemu.guest import Standing, look, run_on
+from ..qemu import markers
+from ..qemu.control import Standing, look, run_on
 from ..qemu.monitor import Monitor
 
 
@@ -16,31 +16,31 @@ def standing_of(path: str) -> dict[str, Any]:
     """`state` is a row of docs/link.md, `run` QEMU's run state, `move` the number, `facts` those of the mark."""
     try:
         with Monitor(path) as monitor:
-            standing, found = look(monitor), marks.read(monitor)
+            standing, found = look(monitor), markers.read(monitor)
     except GuestGone:
         return {"state": "gone"}
     return {"state": state_of(standing, found), "run": standing.run, **_facts(found)}
 
 
-def state_of(standing: Standing, found: marks.Marks) -> str:
+def state_of(standing: Standing, found: markers.Marks) -> str:
     if standing.migration.startswith("postcopy"):
         return "postcopy"
     if standing.run == "inmigrate":
         return "waiting" if standing.migration == "none" else "loading"
-    if marks.ARRIVED in found:
+    if markers.ARRIVED in found:
         return "running"
-    if marks.TAKEN in found:
+    if markers.TAKEN in found:
         return "loaded"
-    if "move" in found.get(marks.MOVED, {}):
+    if "move" in found.get(markers.MOVED, {}):
         if standing.moving or standing.run == "finish-migrate":
             return "undecided"
         if standing.given_away:
-            return "granted" if marks.decision(found) == marks.GRANTED else "given"
+            return "granted" if markers.decision(found) == markers.GRANTED else "given"
     return "undecided" if standing.run == "finish-migrate" else "here"
 
 
-def _facts(found: marks.Marks) -> dict[str, Any]:
-    for name in (marks.ARRIVED, marks.TAKEN, marks.MOVED, marks.DECIDED):
+def _facts(found: markers.Marks) -> dict[str, Any]:
+    for name in (markers.ARRIVED, markers.TAKEN, markers.MOVED, markers.DECIDED):
         if name in found:
             return {"move": found[name].get("move"), "facts": found[name]}
     return {"move": None, "facts": {}}
@@ -48,37 +48,37 @@ def _facts(found: marks.Marks) -> dict[str, Any]:
 
 def grant(monitor: Monitor, move: str) -> str:
     """Where the guest of this move is: 'granted' (now, if it was given away), 'undecided', 'here', or 'unknown'."""
-    standing, found = look(monitor), marks.read(monitor)
+    standing, found = look(monitor), markers.read(monitor)
     if _facts(found)["move"] != move:
         # Another QEMU may have come to the same path.
         return "unknown"
     state = state_of(standing, found)
     if state == "given":
-        return "granted" if marks.decide(monitor, marks.GRANTED, move) == marks.GRANTED else "here"
+        return "granted" if markers.decide(monitor, markers.GRANTED, move) == markers.GRANTED else "here"
     return state
 
 
 def take_back_given(monitor: Monitor) -> bool:
     """Let a guest run on that was given away; False where it has been granted, or where nothing is decided yet."""
-    standing, found = look(monitor), marks.read(monitor)
+    standing, found = look(monitor), markers.read(monitor)
     state = state_of(standing, found)
     if state in ("granted", "undecided", "postcopy"):
         return False
-    mark = found.get(marks.MOVED, {})
+    mark = found.get(markers.MOVED, {})
     if state == "given":
-        if marks.decide(monitor, marks.KEPT, str(mark.get("move"))) == marks.GRANTED:
+        if markers.decide(monitor, markers.KEPT, str(mark.get("move"))) == markers.GRANTED:
             return False
         if mark.get("ran", True):
             run_on(monitor)
     if mark:
-        marks.keep(monitor, mark.get("move"))
+        markers.keep(monitor, mark.get("move"))
     return True
 
 
 def heard(monitor: Monitor, move: str) -> None:
     """The guest of this move runs on the other side, which has said so."""
-    if marks.HEARD not in marks.names(monitor):
-        marks.put(monitor, marks.HEARD, move=move)
+    if markers.HEARD not in markers.names(monitor):
+        markers.put(monitor, markers.HEARD, move=move)
 
 
 def arrive(monitor: Monitor, facts: dict[str, Any], rhythm: dict[str, int] | None = None) -> str:
@@ -90,7 +90,7 @@ def arrive(monitor: Monitor, facts: dict[str, Any], rhythm: dict[str, int] | Non
     state = run_on(monitor, rhythm).run if facts.get("run", True) else "paused"
     # Another command may have been first, with the same outcome.
     with contextlib.suppress(Refused):
-        marks.put(monitor, marks.ARRIVED, **facts)
+        markers.put(monitor, markers.ARRIVED, **facts)
     with contextlib.suppress(Refused):
-        monitor.ask("object-del", id=marks.TAKEN)
+        monitor.ask("object-del", id=markers.TAKEN)
     return state

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError
-from ..io.octets import BLOCK, FdReader, enlarge, memory, write_all
-from ..io.stage import end_group, words_of_status
-from .ways import Way
+from ..io.descriptors import BLOCK, FdReader, enlarge, memory, write_all
+from ..io.pipeline import end_group, words_of_status
+from .uri import Way
 
 VERSION = 1
 MAGIC = b"vml1"

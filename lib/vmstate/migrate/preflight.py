@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..qemu import cpuid
-from ..qemu.gather import Facts as Facts
-from ..qemu.gather import facts as facts
-from ..qemu.waiting import DEVICES, differences
+from ..qemu import cpu_features
+from ..qemu.incoming import DEVICES, differences
+from ..qemu.inventory import Facts as Facts
+from ..qemu.inventory import facts as facts
 
 # Where a device has a place of its own in the stream, and where the chips are, in which versions of QEMU may differ.
 BUSES = frozenset(("IDE", "SCSI", "usb-bus", "virtio-serial-bus", "floppy-bus", "HDA", ""))
@@ -80,7 +80,7 @@ def _nested(source: Facts, _there: Facts) -> Iterator[Finding]:
     features = source.get("cpu", {}).get("features", {})
     for name in ("vmx", "svm"):
         # TCG's default CPU has it, and its state of it is whole.
-        if source.get("kvm") and cpuid.has(features, name):
+        if source.get("kvm") and cpu_features.has(features, name):
             text = f"the guest's CPU has {name}: it may run guests of its own, which a move can crash"
             yield _warning(text, f"end the guests inside before, or start guests with -cpu ...,-{name}")
 
@@ -128,14 +128,14 @@ def _cpus(source: Facts, there: Facts) -> Iterator[Finding]:
 
 
 def _differing(want: dict[str, int], have: dict[str, int]) -> Iterator[Finding]:
-    lacking = cpuid.lacking(want, have)
+    lacking = cpu_features.lacking(want, have)
     for name in [name for name in lacking if name in OWN_WORDS]:
         yield _error(OWN_WORDS[name], f"start the QEMU there with -cpu ...,+{name}")
         lacking.remove(name)
     if lacking:
         text = f"the CPU there lacks features that the guest's has: {', '.join(lacking)}"
         yield _error(text, f"{THERE} -cpu, on a host that has them, or start guests with a -cpu that both hosts have")
-    if more := cpuid.lacking(have, want):
+    if more := cpu_features.lacking(have, want):
         text = f"the CPU there has features that the guest's has not: {', '.join(more)}"
         yield _warning(text, f"{THERE} -cpu")
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 
-from .nics import TOOLS
+from .nic import TOOLS
 
 PATIENCE = 5
 

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..cli.command import signals_wait
-from ..dump.dump import sample_of
+from ..cli.run import signals_wait
+from ..dump.live import sample_of
 from ..progress import Sample
 from ..report import printable, time_words
-from . import marks
-from .guest import LEFT_OVER, Standing, glance, left_behind, look, lost_its_snapshot
+from . import markers
+from .control import LEFT_OVER, Standing, glance, left_behind, look, lost_its_snapshot
 from .monitor import Monitor
 
 # QEMU's run state to what it means; the rest depends on the migration.
@@ -69,7 +69,7 @@ def of(path: str) -> Status:
     with Monitor(path) as monitor:
         standing = look(monitor)
         capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
-        found = marks.read(monitor)
+        found = markers.read(monitor)
         left = left_behind(monitor)
         lost = lost_its_snapshot(standing, monitor.pid())
     changed = set(left.parameters) if left else set()
@@ -82,39 +82,39 @@ def of(path: str) -> Status:
     return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
 
 
-def _of_move(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tuple[str, ...]] | None:
+def _of_move(path: str, standing: Standing, found: markers.Marks) -> tuple[str, tuple[str, ...]] | None:
     """Words and commands for a guest that a move has left at both ends; None for any other."""
     force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
-    settle = marks.settle_command(path, found)
-    if marks.LAZY in found and standing.migration.startswith("postcopy"):
+    settle = markers.settle_command(path, found)
+    if markers.LAZY in found and standing.migration.startswith("postcopy"):
         return _of_lazy(path, standing, found)
-    log = _last_words(found.get(marks.MOVED, {}).get("log"))
+    log = _last_words(found.get(markers.MOVED, {}).get("log"))
     if standing.migration == "postcopy-paused":
-        if marks.MOVED in found:
+        if markers.MOVED in found:
             return "has crossed over, and pages that it lacks there are here; the link was lost", (settle,)
         words = "has crossed over to here, and lacks pages that are at its source; the link was lost"
         return words, ("on its source, vm-status tells how to go on",)
-    if standing.given_away and marks.MOVED in found:
-        if "move" not in found[marks.MOVED]:
+    if standing.given_away and markers.MOVED in found:
+        if "move" not in found[markers.MOVED]:
             return "was moved and stands paused here", (force,)
-        if marks.HEARD in found:
+        if markers.HEARD in found:
             return f"was moved, and has been heard to run there{log}", (force,)
-        if marks.decision(found) == marks.GRANTED:
+        if markers.decision(found) == markers.GRANTED:
             return f"was moved and stands paused here{log}", (settle, force)
         return f"was given away, but has not been let run where it was sent to{log}", (settle,)
-    if standing.run == "paused" and marks.TAKEN in found:
-        source = found[marks.TAKEN]
+    if standing.run == "paused" and markers.TAKEN in found:
+        source = found[markers.TAKEN]
         where = printable(f"{source.get('path')} on {source.get('host')}").replace("\n", " ")
         return f"has loaded the guest of {where} and is held until that has let it go", (settle,)
     return None
 
 
-def _of_lazy(path: str, standing: Standing, found: marks.Marks) -> tuple[str, tuple[str, ...]]:
+def _of_lazy(path: str, standing: Standing, found: markers.Marks) -> tuple[str, tuple[str, ...]]:
     words = MEANING.get(standing.run, f"is '{standing.run}'")
     if standing.migration != "postcopy-paused":
         return f"{words} while its memory is being brought from a file", ()
-    why = "the file could not be read" if marks.HALTED in found else "who brought it has ended"
-    return f"{words}, and lacks a part of its memory: {why}", (marks.resume_command(path, found),)
+    why = "the file could not be read" if markers.HALTED in found else "who brought it has ended"
+    return f"{words}, and lacks a part of its memory: {why}", (markers.resume_command(path, found),)
 
 
 def _last_words(log: str | None) -> str:

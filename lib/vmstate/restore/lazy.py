@@ -11,27 +11,27 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from ..checkpoint.wayback import WayBack
-from ..cli.command import hold_signals, no_more_signals, release_signals
+from ..checkpoint.revert import WayBack
+from ..cli.run import hold_signals, no_more_signals, release_signals
 from ..errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
-from ..io.octets import channel
-from ..qemu import marks
-from ..qemu.guest import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, tidy, wait_for
+from ..io.descriptors import channel
+from ..qemu import markers
+from ..qemu.control import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, tidy, wait_for
+from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_waiting
+from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor, StandsStill
-from ..qemu.process import Process, check_arguments
-from ..qemu.waiting import NO_ROUNDS, Waiting, refusal, require_waiting
 from ..report import Report
 from ..stream.identity import Once
 from ..stream.identity import identity as which
-from ..vmz import compression
-from ..vmz.statefile import RawFile, StateFile, state_of
-from ..vmz.vmzfile import vmz_file
-from . import rescue
-from .compare import Against
-from .pageserver import Lost, PageServer, Place, Tally
+from ..vmz import decompress
+from ..vmz.state_file import RawFile, StateFile, state_of
+from ..vmz.vmz_file import vmz_file
+from . import page_injection
+from .compatibility import Against
+from .eager import Outcome, nics_of
+from .page_server import Lost, PageServer, Place, Tally
+from .page_server_thread import Recovered, Serving, recover
 from .postcopy import NoIndex, NotLazy, Opening, have_of, opening_of
-from .restore import Outcome, nics_of
-from .serving import Recovered, Serving, recover
 
 # What may lie between us and QEMU: a request waits behind it.
 ROOM = 128 << 10
@@ -44,7 +44,7 @@ class Plan:
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
     first: pages to be sent before the rest.  resume: the guest runs already, and has lost its server; sure: though it
-    is not marked with the state that it runs on.  disks, once: as in `restore.Plan`.
+    is not marked with the state that it runs on.  disks, once: as in `eager.Plan`.
     """
 
     path: str | None = None
@@ -65,11 +65,11 @@ def open_state(fd: int) -> StateFile:
     """
     try:
         at = os.lseek(fd, 0, os.SEEK_CUR)
-        first = os.pread(fd, compression.FIRST, at)
+        first = os.pread(fd, decompress.FIRST, at)
     except OSError as error:
         hint = "keep the state in a file: vm-restore --lazy GUEST < STATE.vmz"
         raise NoIndex("a lazy restore reads its state here and there, and this input cannot seek", hint) from error
-    kind = compression.recognise(first)
+    kind = decompress.recognise(first)
     if file := vmz_file(fd):
         return file
     if kind == "state":
@@ -78,10 +78,8 @@ def open_state(fd: int) -> StateFile:
         raise Damaged("the input is empty")
     if kind in ("zstd", "gzip", "bzip2", "xz", "libvirt"):
         hint = "give it one: vm-compress -d FILE | vm-compress > STATE.vmz" if kind == "zstd" else "pack it as a .vmz"
-        raise NoIndex(f"{compression.words_for(first)} has no index of its pages", hint)
-    raise Damaged(
-        f"no state of a guest: found {compression.words_for(first)} at offset 0", *compression.hints_for(first)
-    )
+        raise NoIndex(f"{decompress.words_for(first)} has no index of its pages", hint)
+    raise Damaged(f"no state of a guest: found {decompress.words_for(first)} at offset 0", *decompress.hints_for(first))
 
 
 def identity(opening: Opening) -> str:
@@ -197,7 +195,7 @@ class Lazy:
                     raise NotLazy(f"the guest at {self.path} has RAM that others share ({', '.join(shared)})", EAGER)
 
     def _set_up(self, monitor: Monitor, run: bool) -> None:
-        marks.clear(monitor)
+        markers.clear(monitor)
         silent = monitor.ask("query-migrate-parameters").get("announce-rounds") == 0
         if silent:
             self._report.note(NO_ROUNDS)
@@ -207,7 +205,7 @@ class Lazy:
             self._found.put_back(monitor)
             hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"
             raise NotLazy(f"this QEMU cannot load lazily here: {error.text}", hint, EAGER) from error
-        marks.put(monitor, marks.LAZY, state=identity(self._opening), on_demand=self._plan.on_demand)
+        markers.put(monitor, markers.LAZY, state=identity(self._opening), on_demand=self._plan.on_demand)
         # Whether a guest runs that is loaded in this way is not in its state, but set here.
         monitor.ask("cont" if run else "stop")
 
@@ -253,7 +251,9 @@ class Lazy:
         try:
             return self._go_on()
         except StandsStill as error:
-            rescue.fill(error.pid, self._file, self._opening, None if self._plan.sure else identity(self._opening))
+            page_injection.fill(
+                error.pid, self._file, self._opening, None if self._plan.sure else identity(self._opening)
+            )
         lost = wait_for(self.path, lambda standing: standing.migration != "postcopy-active", 20, "to see its loss")
         self._report.note(f"its QEMU was given what it lacked, from outside; the guest is '{lost.run}'")
         return self._go_on()
@@ -272,28 +272,28 @@ class Lazy:
     def _have(self, found: Recovered, pid: int) -> dict[bytes, bytearray]:
         """What QEMU knows that it has, and what was put there from outside."""
         have = have_of(self._opening, found.bitmaps)
-        for name, there in rescue.present(pid, self._opening).items():
+        for name, there in page_injection.present(pid, self._opening).items():
             known, seen = int.from_bytes(have[name], "big"), int.from_bytes(there, "big")
             have[name] = bytearray((known | seen).to_bytes(len(there), "big"))
         return have
 
     def _require_lost(self, monitor: Monitor) -> Standing:
         standing = look(monitor)
-        found = marks.read(monitor)
-        if (marks.LAZY not in found and not self._plan.sure) or not standing.migration.startswith("postcopy"):
+        found = markers.read(monitor)
+        if (markers.LAZY not in found and not self._plan.sure) or not standing.migration.startswith("postcopy"):
             text = f"the guest at {self.path} is not being restored lazily ({standing.run}, {standing.migration})"
             raise CannotDo(text, f"vm-status {self.path}")
         if standing.migration != "postcopy-paused":
             text = f"the guest at {self.path} has a server that brings its pages ({standing.migration})"
             raise CannotDo(text, f"vm-status {self.path}")
-        if marks.LAZY in found and found[marks.LAZY].get("state") != identity(self._opening):
+        if markers.LAZY in found and found[markers.LAZY].get("state") != identity(self._opening):
             raise Misfit(f"this is not the state that the guest at {self.path} runs on", "its pages would be wrong")
-        self._was_halted = marks.HALTED in found
+        self._was_halted = markers.HALTED in found
         return standing
 
     def _run_on(self, monitor: Monitor) -> str:
         with contextlib.suppress(Refused):
-            monitor.ask("object-del", id=marks.HALTED)
+            monitor.ask("object-del", id=markers.HALTED)
         return run_on(monitor).run
 
     # the server
@@ -316,7 +316,7 @@ class Lazy:
         with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
             if look(monitor).run in RUNS:
                 # Before it stands: that can take until it is served again, where it waits for a page.
-                marks.put(monitor, marks.HALTED)
+                markers.put(monitor, markers.HALTED)
                 monitor.ask("stop")
         self._serving.server.give_up()
 
@@ -326,7 +326,7 @@ class Lazy:
         standing = look(monitor)
         if standing.migration == "failed":
             raise CannotDo(f"QEMU ended the restore as failed: {standing.reason}")
-        for name in (marks.LAZY, marks.HALTED):
+        for name in (markers.LAZY, markers.HALTED):
             with contextlib.suppress(Refused):
                 monitor.ask("object-del", id=name)
         with contextlib.suppress(Refused):
@@ -347,7 +347,7 @@ class Lazy:
         raise Unsettled(words, self._resume()) from error
 
     def _resume(self) -> str:
-        return marks.resume_command(self.path, {marks.LAZY: {"on_demand": self._plan.on_demand}})
+        return markers.resume_command(self.path, {markers.LAZY: {"on_demand": self._plan.on_demand}})
 
     def _damaged(self, error: Damaged) -> Damaged:
         stands = "was stopped" if self._halted else "stands still as soon as it needs a page that it lacks"

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import CannotDo, Damaged, WrongUsage
-from ..stream import layout
+from ..stream import constants
 from ..stream.reader import StateReader
 from ..stream.records import Blocks, Configuration, Footer, Record, Section
-from ..vmz.statefile import StateFile
+from ..vmz.state_file import StateFile
 
-PAGE = 1 << layout.PAGE_BITS
+PAGE = 1 << constants.PAGE_BITS
 STRIDE = 8 + PAGE
 BITMAP_END = 0x0123456789ABCDEF
 # Of 16 TiB
@@ -44,30 +44,41 @@ class Opening:
 
     def stream(self) -> bytes:
         """Everything up to the moment in which the guest runs, and the header of a section that stays open."""
-        advise = layout.U64.pack(PAGE) + layout.U64.pack(PAGE)
-        parts = [self.head, command(layout.MIG_CMD_OPEN_RETURN_PATH), command(layout.MIG_CMD_POSTCOPY_ADVISE, advise)]
+        advise = constants.U64.pack(PAGE) + constants.U64.pack(PAGE)
+        parts = [
+            self.head,
+            command(constants.MIG_CMD_OPEN_RETURN_PATH),
+            command(constants.MIG_CMD_POSTCOPY_ADVISE, advise),
+        ]
         parts += [self.start, self.early]
         # Without any QEMU would write pages into RAM behind the back of its fault handler, and hang.
         parts += [_discard(name, size) for name, size in self.blocks.items()]
         if self.switchover:
-            parts.append(command(layout.MIG_CMD_SWITCHOVER_START))
-        run = command(layout.MIG_CMD_POSTCOPY_RUN)
-        package = command(layout.MIG_CMD_POSTCOPY_LISTEN) + self.devices + run
-        parts += [command(layout.MIG_CMD_PACKAGED, layout.U32.pack(len(package))), package, self.part()]
+            parts.append(command(constants.MIG_CMD_SWITCHOVER_START))
+        run = command(constants.MIG_CMD_POSTCOPY_RUN)
+        package = command(constants.MIG_CMD_POSTCOPY_LISTEN) + self.devices + run
+        parts += [command(constants.MIG_CMD_PACKAGED, constants.U32.pack(len(package))), package, self.part()]
         return b"".join(parts)
 
     def part(self) -> bytes:
         """The header of a section with pages."""
-        return layout.SECTION.pack(layout.QEMU_VM_SECTION_PART, self.number)
+        return constants.SECTION.pack(constants.QEMU_VM_SECTION_PART, self.number)
 
     def closing(self) -> bytes:
         """The end of that section, and of all."""
-        end = layout.U64.pack(layout.RAM_SAVE_FLAG_EOS) + layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, self.number)
-        return end + layout.SECTION.pack(layout.QEMU_VM_SECTION_END, self.number) + end + bytes((layout.QEMU_VM_EOF,))
+        end = constants.U64.pack(constants.RAM_SAVE_FLAG_EOS) + constants.FOOTER.pack(
+            constants.QEMU_VM_SECTION_FOOTER, self.number
+        )
+        return (
+            end
+            + constants.SECTION.pack(constants.QEMU_VM_SECTION_END, self.number)
+            + end
+            + bytes((constants.QEMU_VM_EOF,))
+        )
 
     def ask_bitmaps(self) -> bytes:
         """To a QEMU that takes up a lost channel: which pages has it?"""
-        asks = [command(layout.MIG_CMD_RECV_BITMAP, _counted(name)) for name in self.blocks]
+        asks = [command(constants.MIG_CMD_RECV_BITMAP, _counted(name)) for name in self.blocks]
         return b"".join(asks)
 
 
@@ -83,9 +94,9 @@ def opening_of(file: StateFile) -> Opening:
         raise NotLazy("the guest's RAM has pages of another size than 4 KiB")
     config = next(number for number, record in enumerate(records) if isinstance(record, Configuration))
     section = next(record for record in records if isinstance(record, Section))
-    end = records[-1].offset + layout.FOOTER.size
+    end = records[-1].offset + constants.FOOTER.size
     offset, size = facts["devices"]
-    if size > layout.PACKAGE_LIMIT - 64:
+    if size > constants.PACKAGE_LIMIT - 64:
         raise NotLazy(f"the devices of this state take {size} bytes, more than QEMU takes in one package")
     return Opening(
         head=bytes(file.read(0, records[config + 1].offset)),
@@ -94,7 +105,7 @@ def opening_of(file: StateFile) -> Opening:
         devices=bytes(file.read(offset, size)),
         number=section.number,
         blocks={block.name: block.size for block in blocks.blocks},
-        switchover=layout.MIG_CMD_SWITCHOVER_START in facts["commands"],
+        switchover=constants.MIG_CMD_SWITCHOVER_START in facts["commands"],
     )
 
 
@@ -117,7 +128,7 @@ def _up_to_ram(file: StateFile) -> Iterator[Record]:
 
 
 def command(number: int, data: bytes = b"") -> bytes:
-    return layout.COMMAND.pack(layout.QEMU_VM_COMMAND, number, len(data)) + data
+    return constants.COMMAND.pack(constants.QEMU_VM_COMMAND, number, len(data)) + data
 
 
 def _counted(name: bytes) -> bytes:
@@ -125,8 +136,8 @@ def _counted(name: bytes) -> bytes:
 
 
 def _discard(name: bytes, size: int) -> bytes:
-    data = b"\0" + _counted(name) + b"\0" + layout.U64.pack(0) + layout.U64.pack(size)
-    return command(layout.MIG_CMD_POSTCOPY_RAM_DISCARD, data)
+    data = b"\0" + _counted(name) + b"\0" + constants.U64.pack(0) + constants.U64.pack(size)
+    return command(constants.MIG_CMD_POSTCOPY_RAM_DISCARD, data)
 
 
 @dataclass(frozen=True)
@@ -162,15 +173,15 @@ class ReturnPath:
             raise CannotDo(f"QEMU said something strange: message {kind} of {size} bytes")
         if len(data) < 4 + size:
             return None
-        if kind == layout.MIG_RP_MSG_RECV_BITMAP:
+        if kind == constants.MIG_RP_MSG_RECV_BITMAP:
             return self._bitmap(4 + size)
         payload = bytes(data[4 : 4 + size])
         del data[: 4 + size]
         return self._message(kind, payload)
 
     def _message(self, kind: int, payload: bytes) -> Said:
-        if kind in (layout.MIG_RP_MSG_REQ_PAGES_ID, layout.MIG_RP_MSG_REQ_PAGES):
-            if kind == layout.MIG_RP_MSG_REQ_PAGES_ID:
+        if kind in (constants.MIG_RP_MSG_REQ_PAGES_ID, constants.MIG_RP_MSG_REQ_PAGES):
+            if kind == constants.MIG_RP_MSG_REQ_PAGES_ID:
                 self._block = payload[13:]
             start, size = int.from_bytes(payload[:8], "big"), int.from_bytes(payload[8:12], "big")
             return Said(kind, self._block, start, size)
@@ -188,7 +199,7 @@ class ReturnPath:
             return None
         if int.from_bytes(data[end : end + 8], "big") != BITMAP_END:
             raise CannotDo("QEMU said something strange: a bitmap without its end")
-        found = Said(layout.MIG_RP_MSG_RECV_BITMAP, bytes(data[5:behind]), bitmap=bytes(data[behind + 8 : end]))
+        found = Said(constants.MIG_RP_MSG_RECV_BITMAP, bytes(data[5:behind]), bitmap=bytes(data[behind + 8 : end]))
         del data[: end + 8]
         return found
 

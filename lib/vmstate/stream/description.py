@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import Damaged
-from ..io.octets import HOLD
-from . import layout
+from ..io.descriptors import HOLD
+from . import constants
 
-FULL = bytes((layout.QEMU_VM_SECTION_FULL,))
-FOOTER = bytes((layout.QEMU_VM_SECTION_FOOTER,))
+FULL = bytes((constants.QEMU_VM_SECTION_FULL,))
+FOOTER = bytes((constants.QEMU_VM_SECTION_FOOTER,))
 # What values of a wrong kind or size lead to, in a description that was damaged or forged
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
 
@@ -41,11 +41,11 @@ def description_at_end(data: bytes) -> tuple[int, int] | None:
         return None
     # JSON holds no NUL, and the length before it has one in its first byte (under 16 MiB) at the least.
     last_nul = data.rfind(b"\0")
-    for start in range(max(last_nul + 1, layout.END.size), last_nul + 5):
-        mark = start - layout.END.size
+    for start in range(max(last_nul + 1, constants.END.size), last_nul + 5):
+        mark = start - constants.END.size
         if start < len(data) and data[start] == 0x7B:
-            eof, tag, size = layout.END.unpack_from(data, mark)
-            if (eof, tag, size) == (layout.QEMU_VM_EOF, layout.QEMU_VM_VMDESCRIPTION, len(data) - start):
+            eof, tag, size = constants.END.unpack_from(data, mark)
+            if (eof, tag, size) == (constants.QEMU_VM_EOF, constants.QEMU_VM_VMDESCRIPTION, len(data) - start):
                 return mark, start
     return None
 
@@ -128,14 +128,14 @@ def undescribed(data: bytes, offset: int) -> Part:
 def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> tuple[Part, int]:
     """The section at `at`, and where the next one begins."""
     name, instance, size = str(device["name"]), int(device["instance_id"]), _size(device)
-    header = bytes([len(name.encode())]) + name.encode() + layout.U32.pack(instance)
+    header = bytes([len(name.encode())]) + name.encode() + constants.U32.pack(instance)
     begin = at + 5 + len(header) + 4
     if data[at : at + 1] != FULL or data[at + 5 : at + 5 + len(header)] != header or size < 0:
         found = data[at : at + 5 + len(header)]
         raise Damaged(f"no section {name!r} at offset {offset + at}: the description expects it, found {found!r}")
     footer = FOOTER + data[at + 1 : at + 5]
-    if data[begin + size : begin + size + layout.FOOTER.size] != footer:
-        found = data[begin + size : begin + size + layout.FOOTER.size]
+    if data[begin + size : begin + size + constants.FOOTER.size] != footer:
+        found = data[begin + size : begin + size + constants.FOOTER.size]
         text = f"no footer of section {name!r} at offset {offset + begin + size}, where the description has its end: "
         raise Damaged(f"{text}expected {footer.hex(' ')}, found {found.hex(' ') or 'nothing'}")
     version = int.from_bytes(data[begin - 4 : begin], "big")
@@ -144,7 +144,7 @@ def _section(data: bytes, at: int, device: dict[str, Any], offset: int) -> tuple
         raise Damaged(f"{text}{device['version']!r}"[:200])
     return Part(
         name, instance, version, memoryview(data)[begin : begin + size], device
-    ), begin + size + layout.FOOTER.size
+    ), begin + size + constants.FOOTER.size
 
 
 def _size(device: dict[str, Any]) -> int:
@@ -161,9 +161,9 @@ def _subsection_size(part: dict[str, Any]) -> int:
 def _match(data: bytes, mark: int, start: int, expected: list[tuple[str, int, int, dict[str, Any]]]) -> End:
     at, found, runstate = mark, 0, ""
     for name, instance, size, device in reversed(expected):
-        header = bytes([len(name.encode())]) + name.encode() + layout.U32.pack(instance)
+        header = bytes([len(name.encode())]) + name.encode() + constants.U32.pack(instance)
         # tag and section id before the name, version behind the instance, footer behind the fields
-        first = at - (5 + len(header) + 4 + size + layout.FOOTER.size)
+        first = at - (5 + len(header) + 4 + size + constants.FOOTER.size)
         if first < 0 and runstate and len(data) >= HOLD:
             # A device larger than all that is held (the pictures of a virtio-gpu): what is held is as it should be.
             return End(tail=len(data), description=len(data) - start, devices=found, runstate=runstate)
@@ -183,18 +183,18 @@ def _begins_here(data: bytes, at: int, missing: int) -> bool:
 
     Sections that are missing came before RAM (virtio-mem), so that RAM itself must be what ends here.
     """
-    if at < 13 or data[at - 5] != layout.QEMU_VM_SECTION_FOOTER:
+    if at < 13 or data[at - 5] != constants.QEMU_VM_SECTION_FOOTER:
         return False
-    return not missing or data[at - 13 : at - 5] == layout.U64.pack(layout.RAM_SAVE_FLAG_EOS)
+    return not missing or data[at - 13 : at - 5] == constants.U64.pack(constants.RAM_SAVE_FLAG_EOS)
 
 
 def _is_section(data: bytes, first: int, behind: int, header: bytes) -> bool:
-    if first < 0 or data[first] != layout.QEMU_VM_SECTION_FULL:
+    if first < 0 or data[first] != constants.QEMU_VM_SECTION_FULL:
         return False
-    tag, footer_id = layout.FOOTER.unpack_from(data, behind - layout.FOOTER.size)
+    tag, footer_id = constants.FOOTER.unpack_from(data, behind - constants.FOOTER.size)
     return (
-        tag == layout.QEMU_VM_SECTION_FOOTER
-        and data[first + 1 : first + 5] == layout.U32.pack(footer_id)
+        tag == constants.QEMU_VM_SECTION_FOOTER
+        and data[first + 1 : first + 5] == constants.U32.pack(footer_id)
         and data[first + 5 : first + 5 + len(header)] == header
     )
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import Damaged
-from . import layout
+from . import constants
 from .description import UNREADABLE, Part, description_at_end, find_end, sections
 
 # By the first word of the type, since "int32 le" and "uint8 equal" name a check of the loader; all are big-endian.
@@ -255,11 +255,11 @@ class _Reader:
 
     def subsection(self, shape: dict[str, Any], depth: int) -> Struct:
         name = _text(shape["vmsd_name"])
-        expected = bytes([layout.QEMU_VM_SUBSECTION, len(name.encode())]) + name.encode()
+        expected = bytes([constants.QEMU_VM_SUBSECTION, len(name.encode())]) + name.encode()
         if self.data[self.at : self.at + len(expected)] != expected:
             raise self.damage(f"there is no subsection {name!r:.255}")
         self.take(len(expected))
-        (version,) = layout.U32.unpack(self.take(layout.U32.size))
+        (version,) = constants.U32.unpack(self.take(constants.U32.size))
         if version != shape["version"]:
             raise self.damage(f"subsection {name!r} has version {version}, not {shape['version']!r:.50}")
         return self.struct(shape, depth)
@@ -326,7 +326,7 @@ class _Reader:
 
     def tree(self, elements: list[dict[str, Any]], depth: int) -> Iterator[Any]:
         """Keys and values in turn, behind their number.  A key is a struct, or a word that nothing describes."""
-        (number,) = layout.U32.unpack(self.take(layout.U32.size))
+        (number,) = constants.U32.unpack(self.take(constants.U32.size))
         bare = len(elements) == number
         if not bare and len(elements) != 2 * number:
             raise self.damage(f"a tree of {number} has {len(elements)} structs")
@@ -334,7 +334,7 @@ class _Reader:
             if bare or i % 2 == 0:
                 self.mark(1)
             if bare:
-                yield layout.U64.unpack(self.take(layout.U64.size))[0]
+                yield constants.U64.unpack(self.take(constants.U64.size))[0]
             yield self.struct(shape, depth)
         self.mark(0)
 

@@ -8,7 +8,7 @@ import time
 import xxhash
 
 from ..errors import CannotDo, Misfit
-from .check import State
+from .validate import State
 
 
 def identity(state: State) -> str:

@@ -11,8 +11,8 @@ from itertools import compress, repeat
 from operator import ne, sub
 
 from ..errors import Damaged
-from ..io.octets import Window
-from . import layout
+from ..io.descriptors import Window
+from . import constants
 from .records import Block, Blocks, EndOfBody, Packed, Pages, Record
 
 # Records looked at first for a run; each time all of them belong to it, four times as many.
@@ -29,7 +29,7 @@ class Ram:
 
     def __init__(self, window: Window) -> None:
         self._window = window
-        self.page = 1 << layout.PAGE_BITS
+        self.page = 1 << constants.PAGE_BITS
         self.advised = False
         self.addresses = False
         self.blocks: dict[bytes, Block] = {}
@@ -44,16 +44,16 @@ class Ram:
             offset = self._window.offset
             word = self._u64("a record of RAM")
             flags = word & mask
-            kind = flags & ~layout.RAM_SAVE_FLAG_CONTINUE
-            if kind in (layout.RAM_SAVE_FLAG_PAGE, layout.RAM_SAVE_FLAG_ZERO):
+            kind = flags & ~constants.RAM_SAVE_FLAG_CONTINUE
+            if kind in (constants.RAM_SAVE_FLAG_PAGE, constants.RAM_SAVE_FLAG_ZERO):
                 yield self._pages(offset, word, kind)
-            elif word == layout.RAM_SAVE_FLAG_EOS:
+            elif word == constants.RAM_SAVE_FLAG_EOS:
                 self._window.take(8)
                 yield EndOfBody(offset=offset)
                 return
-            elif kind in (layout.RAM_SAVE_FLAG_XBZRLE, layout.RAM_SAVE_FLAG_COMPRESS_PAGE):
+            elif kind in (constants.RAM_SAVE_FLAG_XBZRLE, constants.RAM_SAVE_FLAG_COMPRESS_PAGE):
                 yield self._packed(offset, word, kind)
-            elif kind in (layout.RAM_SAVE_FLAG_MULTIFD_FLUSH, layout.RAM_SAVE_FLAG_HOOK):
+            elif kind in (constants.RAM_SAVE_FLAG_MULTIFD_FLUSH, constants.RAM_SAVE_FLAG_HOOK):
                 raise Damaged(f"{ELSEWHERE}: flag {kind:#x} at offset {offset}", HINT)
             else:
                 raise Damaged(f"no record of RAM at offset {offset}: found {word:#018x}")
@@ -61,7 +61,7 @@ class Ram:
     def _list(self, mask: int) -> Blocks:
         offset = self._window.offset
         word = self._u64("the list of RAM blocks")
-        if word & mask != layout.RAM_SAVE_FLAG_MEM_SIZE:
+        if word & mask != constants.RAM_SAVE_FLAG_MEM_SIZE:
             raise Damaged(f"no list of RAM blocks at offset {offset}: found {word:#x}")
         self._window.take(8)
         left = total = word & ~mask
@@ -90,12 +90,12 @@ class Ram:
         return Block(name, size, page_size, address)
 
     def _pages(self, offset: int, word: int, kind: int) -> Pages:
-        zero = kind == layout.RAM_SAVE_FLAG_ZERO
+        zero = kind == constants.RAM_SAVE_FLAG_ZERO
         named, block, head = self._block_of(offset, word)
         stride = 8 + (1 if zero else self.page)
         self._bytes(head + stride - 8, "a page of RAM")
         view = self._window.have()
-        flags = kind | layout.RAM_SAVE_FLAG_CONTINUE
+        flags = kind | constants.RAM_SAVE_FLAG_CONTINUE
         first = word & -self.page
         begin = head + stride - 8
         words = _following(view[begin:], stride, flags)
@@ -112,10 +112,10 @@ class Ram:
         named, block, head = self._block_of(offset, word)
         address = word & -self.page
         self._check(offset, block, address, 1)
-        if flag == layout.RAM_SAVE_FLAG_XBZRLE:
+        if flag == constants.RAM_SAVE_FLAG_XBZRLE:
             found = self._bytes(head + 3, "a delta of a page")
             coding, size = found[head], int.from_bytes(found[head + 1 :], "big")
-            if coding != layout.ENCODING_FLAG_XBZRLE or size > self.page:
+            if coding != constants.ENCODING_FLAG_XBZRLE or size > self.page:
                 raise Damaged(f"delta of a page at offset {offset}: found encoding {coding}, {size} bytes")
             head += 3
         else:
@@ -129,7 +129,7 @@ class Ram:
 
     def _block_of(self, offset: int, word: int) -> tuple[bool, Block, int]:
         """Whether the record has its block's name, the block, and the size of word and name."""
-        if word & layout.RAM_SAVE_FLAG_CONTINUE:
+        if word & constants.RAM_SAVE_FLAG_CONTINUE:
             if self._block is None:
                 raise Damaged(f"page at offset {offset} continues a block, but there was none before it")
             return False, self._block, 8

@@ -1,7 +1,7 @@
 """A stream as records, in one pass (migration/savevm.c: qemu_loadvm_state, qemu_loadvm_state_main).
 
 The grammar alone: tags, lengths, ids and footers.  Whether the records come in an order that makes a state is for
-`check` to say.  Device sections have no lengths, so all of them are one record, which ends where an end mark with a
+`validate` to say.  Device sections have no lengths, so all of them are one record, which ends where an end mark with a
 description stands that can be read.
 """
 
@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from ..errors import Damaged
-from ..io.octets import Reader, Window
-from . import layout
+from ..io.descriptors import Reader, Window
+from . import constants
 from .description import UNREADABLE
 from .ram import Ram
 from .records import (
@@ -42,9 +42,9 @@ NUL = re.compile(rb"\x00")
 # A section that has rounds, behind the footer of device sections that came before it: its START, or the first round
 ROUNDS = rb"\x7e....(\x01....(?:\x03ram|\x0cdirty-bitmap|\x05block)%b)"
 ROUNDS_SIZE = 23
-FULL_TAGS = (layout.QEMU_VM_SECTION_START, layout.QEMU_VM_SECTION_FULL)
-SECTION_TAGS = (*FULL_TAGS, layout.QEMU_VM_SECTION_PART, layout.QEMU_VM_SECTION_END)
-AFTER_FOOTER = (*SECTION_TAGS, layout.QEMU_VM_COMMAND, layout.QEMU_VM_EOF)
+FULL_TAGS = (constants.QEMU_VM_SECTION_START, constants.QEMU_VM_SECTION_FULL)
+SECTION_TAGS = (*FULL_TAGS, constants.QEMU_VM_SECTION_PART, constants.QEMU_VM_SECTION_END)
+AFTER_FOOTER = (*SECTION_TAGS, constants.QEMU_VM_COMMAND, constants.QEMU_VM_EOF)
 
 
 class StateReader:
@@ -66,16 +66,16 @@ class StateReader:
         yield self._configuration()
         while True:
             tag = self._bytes(1, "the tag of a section")[0]
-            if tag == layout.QEMU_VM_COMMAND:
+            if tag == constants.QEMU_VM_COMMAND:
                 yield self._command()
-            elif tag == layout.QEMU_VM_SECTION_FULL and not self._rounds:
+            elif tag == constants.QEMU_VM_SECTION_FULL and not self._rounds:
                 yield self._early()
-            elif tag == layout.QEMU_VM_SECTION_FULL:
+            elif tag == constants.QEMU_VM_SECTION_FULL:
                 yield from self._devices_to_end()
                 return
             elif tag in SECTION_TAGS:
                 yield from self._section(tag)
-            elif tag == layout.QEMU_VM_EOF:
+            elif tag == constants.QEMU_VM_EOF:
                 yield from self._end_without_devices()
                 return
             else:
@@ -109,18 +109,18 @@ class StateReader:
         found = bytes(self.window.need(4) or self.window.have())
         if not found:
             raise Damaged("the input is empty: expected the state of a guest, found 0 bytes")
-        if found != layout.MAGIC[: len(found)]:
+        if found != constants.MAGIC[: len(found)]:
             raise Damaged(f"no state of a guest: expected 'QEVM' at offset 0, found {found!r}")
         version = int.from_bytes(self._bytes(8, "the first bytes")[4:], "big")
-        if version != layout.VERSION:
-            raise Damaged(f"unknown version at offset 4: expected {layout.VERSION}, found {version}")
+        if version != constants.VERSION:
+            raise Damaged(f"unknown version at offset 4: expected {constants.VERSION}, found {version}")
         self.window.take(8)
         return Start(version)
 
     def _configuration(self) -> Configuration:
         offset, what = self._at, "the configuration"
         tag = self._bytes(1, what)[0]
-        if tag != layout.QEMU_VM_CONFIGURATION:
+        if tag != constants.QEMU_VM_CONFIGURATION:
             raise Damaged(f"no configuration at offset {offset}: expected tag 0x07, found {tag:#04x}")
         size = int.from_bytes(self._bytes(5, what)[1:], "big")
         if size > NAME_LIMIT:
@@ -128,7 +128,7 @@ class StateReader:
         machine = bytes(self._bytes(5 + size, what)[5:])
         self.window.take(5 + size)
         parts = []
-        while self._bytes(1, "the tag of a section")[0] == layout.QEMU_VM_SUBSECTION:
+        while self._bytes(1, "the tag of a section")[0] == constants.QEMU_VM_SUBSECTION:
             parts.append(self._part())
         configuration = Configuration(machine, tuple(parts), offset=offset)
         self._obey(configuration)
@@ -176,31 +176,31 @@ class StateReader:
 
     def _command(self) -> Command:
         offset, what = self._at, "a command"
-        _, number, size = layout.COMMAND.unpack(self._bytes(layout.COMMAND.size, what))
-        least, most = layout.COMMAND_SIZES.get(number, (1, 0))
+        _, number, size = constants.COMMAND.unpack(self._bytes(constants.COMMAND.size, what))
+        least, most = constants.COMMAND_SIZES.get(number, (1, 0))
         if not least <= size <= most:
             raise Damaged(f"no command of QEMU at offset {offset}: found number {number} with {size} bytes")
-        end = layout.COMMAND.size + size
-        data = bytes(self._bytes(end, what)[layout.COMMAND.size :])
+        end = constants.COMMAND.size + size
+        data = bytes(self._bytes(end, what)[constants.COMMAND.size :])
         package = None
-        if number == layout.MIG_CMD_PACKAGED:
+        if number == constants.MIG_CMD_PACKAGED:
             length = int.from_bytes(data, "big")
-            if length > layout.PACKAGE_LIMIT:
+            if length > constants.PACKAGE_LIMIT:
                 raise Damaged(
-                    f"package at offset {offset}: expected at most {layout.PACKAGE_LIMIT} bytes, found {length}"
+                    f"package at offset {offset}: expected at most {constants.PACKAGE_LIMIT} bytes, found {length}"
                 )
             package = bytes(self._bytes(end + length, "a package")[end:])
             end += length
-        if number == layout.MIG_CMD_POSTCOPY_ADVISE and size:
+        if number == constants.MIG_CMD_POSTCOPY_ADVISE and size:
             self.ram.advised = True
         self.window.take(end)
         return Command(number, data, package, offset=offset)
 
     def _section(self, tag: int) -> Iterator[Record]:
         header = self._header(tag)
-        self._rounds |= tag != layout.QEMU_VM_SECTION_START
+        self._rounds |= tag != constants.QEMU_VM_SECTION_START
         number, name = header.number, self._names.get(header.number)
-        if tag == layout.QEMU_VM_SECTION_START:
+        if tag == constants.QEMU_VM_SECTION_START:
             assert header.name is not None
             if name is not None:
                 raise Damaged(f"section id {number} at offset {header.offset} was given to {_text(name)} before")
@@ -209,7 +209,7 @@ class StateReader:
             raise Damaged(f"section of unknown id at offset {header.offset}: found {number}")
         yield header
         if name == b"ram":
-            yield from self.ram.body(tag == layout.QEMU_VM_SECTION_START)
+            yield from self.ram.body(tag == constants.QEMU_VM_SECTION_START)
         elif name == b"dirty-bitmap":
             yield from self._bitmaps()
         else:
@@ -231,17 +231,17 @@ class StateReader:
 
     def _footer(self, number: int, name: bytes) -> Footer:
         offset = self._at
-        tag, found = layout.FOOTER.unpack(self._bytes(layout.FOOTER.size, f"the footer of {_text(name)}"))
-        if (tag, found) != (layout.QEMU_VM_SECTION_FOOTER, number):
-            expected = layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number).hex(" ")
+        tag, found = constants.FOOTER.unpack(self._bytes(constants.FOOTER.size, f"the footer of {_text(name)}"))
+        if (tag, found) != (constants.QEMU_VM_SECTION_FOOTER, number):
+            expected = constants.FOOTER.pack(constants.QEMU_VM_SECTION_FOOTER, number).hex(" ")
             text = f"no footer of {_text(name)} at offset {offset}: expected {expected}, found "
-            raise Damaged(text + layout.FOOTER.pack(tag, found).hex(" "))
-        self.window.take(layout.FOOTER.size)
+            raise Damaged(text + constants.FOOTER.pack(tag, found).hex(" "))
+        self.window.take(constants.FOOTER.size)
         return Footer(number, offset=offset)
 
     def _bitmaps(self) -> Iterator[Record]:
         flags = 0
-        while not flags & layout.DIRTY_BITMAP_EOS:
+        while not flags & constants.DIRTY_BITMAP_EOS:
             record = self._bitmap()
             flags = record.flags
             yield record
@@ -252,10 +252,10 @@ class StateReader:
         node = name = None
         if flags & 0x80:
             raise Damaged(f"record of dirty bitmaps at offset {offset}: unknown flags {flags:#x}")
-        if flags & layout.DIRTY_BITMAP_NODE:
+        if flags & constants.DIRTY_BITMAP_NODE:
             node = self._name(at, what)
             at += 1 + len(node)
-        if flags & layout.DIRTY_BITMAP_NAME:
+        if flags & constants.DIRTY_BITMAP_NAME:
             name = self._name(at, what)
             at += 1 + len(name)
         end = at + self._bitmap_size(flags, at, offset)
@@ -264,11 +264,11 @@ class StateReader:
         return Bitmap(flags, node, name, data, offset=offset)
 
     def _bitmap_size(self, flags: int, at: int, offset: int) -> int:
-        if flags & layout.DIRTY_BITMAP_START:
+        if flags & constants.DIRTY_BITMAP_START:
             return 5
-        if not flags & layout.DIRTY_BITMAP_BITS:
+        if not flags & constants.DIRTY_BITMAP_BITS:
             return 0
-        if flags & layout.DIRTY_BITMAP_ZEROES:
+        if flags & constants.DIRTY_BITMAP_ZEROES:
             return 12
         size = int.from_bytes(self._bytes(at + 20, "a dirty bitmap")[-8:], "big")
         if size > BODY_LIMIT:
@@ -277,7 +277,7 @@ class StateReader:
 
     def _opaque(self, number: int, name: bytes) -> Opaque:
         """What its own footer ends, with something behind it that can follow a footer."""
-        footer = re.escape(layout.FOOTER.pack(layout.QEMU_VM_SECTION_FOOTER, number))
+        footer = re.escape(constants.FOOTER.pack(constants.QEMU_VM_SECTION_FOOTER, number))
         end = re.compile(footer + b"[%b]" % bytes(AFTER_FOOTER), re.DOTALL)
         offset, searched = self._at, 0
         while len(view := self.window.have()) <= BODY_LIMIT:
@@ -285,7 +285,7 @@ class StateReader:
                 data = bytes(view[: place.start()])
                 self.window.take(len(data))
                 return Opaque(data, offset=offset)
-            searched = max(0, len(view) - layout.FOOTER.size)
+            searched = max(0, len(view) - constants.FOOTER.size)
             if not self.window.more():
                 raise Damaged(f"truncated at offset {self.window.came}, in section {_text(name)}")
         raise Damaged(f"no end of section {_text(name)} within {BODY_LIMIT} bytes from offset {offset}")
@@ -293,7 +293,7 @@ class StateReader:
     def _early(self) -> Devices:
         """Device sections before the first round of RAM: up to a section that has rounds, its START or its first."""
         offset = self._at
-        parts = b"".join(b"|[\x02\x03]" + re.escape(layout.U32.pack(number)) for number in self._names)
+        parts = b"".join(b"|[\x02\x03]" + re.escape(constants.U32.pack(number)) for number in self._names)
         rounds = re.compile(ROUNDS % parts, re.DOTALL)
         searched = 0
         while len(view := self.window.have()) <= EARLY_LIMIT:
@@ -312,7 +312,7 @@ class StateReader:
         view = self.window.have()[:end]
         yield Devices(bytes(view[:mark]), False, offset=offset)
         yield EndMark(offset=offset + mark)
-        yield Description(bytes(view[mark + layout.END.size :]), offset=offset + mark + 1)
+        yield Description(bytes(view[mark + constants.END.size :]), offset=offset + mark + 1)
         self.window.take(end)
 
     def _find_end(self) -> tuple[int, int]:
@@ -359,7 +359,7 @@ class StateReader:
         if self.window.need(5) is None:
             return
         size = int.from_bytes(self.window.have()[1:5], "big")
-        if self.window.have()[0] == layout.QEMU_VM_VMDESCRIPTION and size <= DESCRIPTION_LIMIT:
+        if self.window.have()[0] == constants.QEMU_VM_VMDESCRIPTION and size <= DESCRIPTION_LIMIT:
             data = bytes(self._bytes(5 + size, "the description")[5:])
             self.window.take(5 + size)
             yield Description(data, offset=offset + 1)

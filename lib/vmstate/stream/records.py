@@ -6,7 +6,7 @@ Views of bytes are good until the next record is asked for.
 
 from dataclasses import dataclass, field
 
-from .layout import PAGE_BITS
+from .constants import PAGE_BITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,266 @@
+"""A running guest's state to a sink, such that the guest runs on by itself until the sink is proven.
+
+Here the part that talks to QEMU and the part that reads the stream meet.
+"""
+
+import errno
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..cli.run import hold_signals, no_more_signals, release_signals
+from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
+from ..io.descriptors import Output, channel, file_of
+from ..io.pipeline import Stage
+from ..progress import Progress, Sample
+from ..qemu import control
+from ..report import Report, size_words
+from ..stream.validate import State
+from .relay import Outgoing
+from .watchdog import Drain, Guard
+
+if TYPE_CHECKING:
+    from ..checkpoint.create import Checkpoint, Wish
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file.
+
+    disks: they are to belong to it, as of the same instant, in which the guest stands.  live_anyway: do not pause the
+    guest first where a live migration may lose pages.
+    """
+
+    path: str
+    stop: bool = False
+    after: str = "paused"
+    rate: int | None = None
+    downtime: int | None = None
+    to: str | None = None
+    out: str | None = None
+    disks: "Wish | None" = None
+    live_anyway: bool = False
+
+
+class Dump:
+    """One dump, from its plan to its outcome."""
+
+    CAPABILITIES = control.ON
+
+    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+        self._plan = plan
+        self._report = report
+        self._mode = mode
+        # The disks belong to a state that is whole, and stay so.
+        self._kept = False
+        # Until the guest's state is on its way, so that `run` knows all that there is to undo.
+        hold_signals()
+        self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
+        self._sending = control.Sending(
+            plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES, live_anyway=plan.live_anyway
+        )
+        self._started = time.monotonic()
+        try:
+            self._ours, self._theirs = channel()
+            self._disks = self._find_disks()
+            self._guard = self._make_guard()
+            self._outgoing = Outgoing(self._ours, self._sink.fd, closing=control.ON != self.CAPABILITIES)
+        except BaseException:
+            self._let_go_of_the_sink()
+            raise
+
+    def run(self) -> dict[str, Any]:
+        """Send, prove, give away; the outcome as values.  Whatever goes wrong, the guest is put back first."""
+        try:
+            state = self._send()
+            self._prove()
+            self._write_down(state)
+            # From here on there is nothing to put back: a signal comes too late.
+            no_more_signals()
+            self._outgoing.answer(0)
+        except BaseException as error:
+            raise self._put_back(error) from error
+        return self._finish(state)
+
+    def _finish(self, state: State) -> dict[str, Any]:
+        """QEMU completes, and the guest becomes what was wished."""
+        path = self._plan.path
+        try:
+            info = self._sending.completed().info
+        except VmstateError as error:
+            self._guard.leave()
+            raise Unsettled(
+                f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
+            ) from error
+        self._guard.done()
+        return self._outcome(state, info, control.finish(path, self._plan.after))
+
+    def _find_disks(self) -> "Checkpoint | None":
+        if not self._plan.disks:
+            return None
+        from ..checkpoint.create import Checkpoint
+
+        return Checkpoint(self._plan.path, self._plan.disks)
+
+    @property
+    def _undo(self) -> Callable[[], None] | None:
+        """What the guard does about the disks, when we are gone."""
+        return partial(self._disks.undo, sure=True) if self._disks else None
+
+    @property
+    def _drain(self) -> Drain | None:
+        """What takes the rest of QEMU's bytes, where it must not be left with them."""
+        return None
+
+    def _make_guard(self) -> Guard:
+        group, held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
+        owner = self._sending.found.owner
+        return Guard(self._plan.path, owner, group=group, held=held, snapshot=self._drain, undo=self._undo)
+
+    def _send(self) -> State:
+        take = self._disks.take if self._disks else None
+        if self._disks:
+            # From here on there is something to undo, also where the guest stands already.
+            self._guard.watch()
+            self._disks.prepare()
+        self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=self._guard.watch, take=take)
+        self._theirs.close()
+        release_signals()
+        if self._sending.paused_first:
+            self._report.warning(paused_first_words(self._sending.paused_first, self._plan.path, PAUSED_STATE))
+        with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
+            return self._outgoing.run()
+
+    def _prove(self) -> None:
+        if isinstance(self._sink, Output):
+            self._sink.settle()
+        else:
+            self._guard.let_go()
+            self._sink.finish()
+
+    def _write_down(self, state: State) -> None:
+        """What belongs together, once all of it is there."""
+        if self._disks:
+            ran = self._sending.found.ran
+            out = self._plan.out if self._plan.out != "-" else None
+            goes_on = self.CAPABILITIES == control.SNAPSHOT
+            self._disks.settle(state, ran, out or (None if self._plan.to else file_of(1)), goes_on)
+            self._kept = True
+            self._guard.keep()
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        """Undo all; the error to raise, with what has become of the guest."""
+        no_more_signals()
+        self._ours.close()
+        self._theirs.close()
+        self._let_go_of_the_sink()
+        standing, trouble = None, None
+        try:
+            standing = self._sending.take_back() if self._sending.begun else None
+            if self._disks and not self._kept:
+                self._disks.undo()
+        except VmstateError as found:
+            trouble = found
+        # Where we did not get the guest to run on, the guard goes on trying.
+        self._guard.leave() if trouble else self._guard.done()
+        if trouble and self._disks and isinstance(error, VmstateError):
+            written = [f"what the guest has written last is in {name}" for name in self._disks.overlays()]
+            error.hints = (*error.hints, *written)
+        if trouble and not isinstance(trouble, GuestGone):
+            words = f"{error}; and the guest could not be put back: {trouble}"
+            return Unsettled(words, f"vm-status {self._plan.path}")
+        if isinstance(error, Stopped) or not isinstance(error, Exception):
+            return error
+        return self._explain(error, standing)
+
+    def _let_go_of_the_sink(self) -> None:
+        if isinstance(self._sink, Output):
+            self._sink.abandon()
+        else:
+            self._sink.end()
+
+    def _explain(self, error: Exception, standing: control.Standing | None) -> Exception:
+        text = str(error)
+        if isinstance(error, OSError):
+            gone = isinstance(error, BrokenPipeError | ConnectionError)
+            who = f"the sink '{self._plan.to}'" if self._plan.to else "the reader of standard output"
+            text = f"{who} went away" if gone else f"cannot write the state: {error.strerror}"
+            if error.errno == errno.ENOSPC:
+                text += f" (after {size_words(self._outgoing.sent)})"
+        elif not isinstance(error, VmstateError):
+            return error
+        if standing is None:
+            return error if isinstance(error, VmstateError) else CannotDo(text)
+        if standing.migration == "cancelled":
+            text = "the migration was cancelled"
+        elif text.startswith("QEMU gave up") and standing.reason:
+            text += f": {standing.reason}"
+        hints = error.hints if isinstance(error, VmstateError) else ()
+        return CannotDo(f"{text}; the guest {words_of(standing.run)}", *hints)
+
+    def _outcome(self, saved: State, info: dict[str, Any], state: str) -> dict[str, Any]:
+        return {
+            "guest": self._plan.path,
+            "state": state,
+            "saved": saved.runstate,
+            "machine": saved.machine,
+            "bytes": self._outgoing.sent,
+            "devices": len(saved.parts),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "downtime_ms": info.get("downtime"),
+        }
+
+
+# What a state of a guest that was paused first is like.
+PAUSED_STATE = "the state says paused: vm-restore --run has it run"
+
+
+def paused_first_words(qemu: str, path: str, then: str) -> str:
+    """Why the guest at `path` was paused before its state was sent live, and what follows."""
+    why = f"{qemu} without KVM loses pages that a running guest writes meanwhile"
+    return f"the guest at {path} was paused first, since {why} ({then}; --live-anyway sends it all the same)"
+
+
+def words_of(run: str) -> str:
+    return {"running": "runs on", "paused": "is paused as before", "postmigrate": "is paused as before"}.get(
+        run, f"is '{run}' as before"
+    )
+
+
+def sample(path: str) -> Sample | None:
+    """How far the migration of the guest at `path` is; None where that is not known now."""
+    try:
+        return sample_of(control.glance(path, 0.4).info)
+    except VmstateError:
+        return None
+
+
+def sample_of(info: dict[str, Any]) -> Sample | None:
+    """What `query-migrate` says, as progress."""
+    ram = info.get("ram")
+    if not ram or "total" not in ram:
+        return None
+    rate = ram.get("mbps", 0.0) * 1e6 / 8
+    dirty = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+    facts = {
+        "status": info.get("status"),
+        "percent": round(100 * (ram["total"] - ram["remaining"]) / max(1, ram["total"]), 1),
+        "remaining": ram["remaining"],
+        "transferred": ram["transferred"],
+        "rate": int(rate),
+        "dirty_rate": int(dirty),
+        "round": ram.get("dirty-sync-count", 0),
+        "expected_downtime_ms": info.get("expected-downtime"),
+        "seconds_left": round(ram["remaining"] / rate, 3) if rate else None,
+    }
+    return Sample(ram["total"] - ram["remaining"], ram["total"], facts, _words_of_sample(facts))
+
+
+def _words_of_sample(facts: dict[str, Any]) -> str:
+    words = [f"round {facts['round']}", f"{size_words(facts['rate'])}/s sent"]
+    words.append(f"{size_words(facts['dirty_rate'])}/s dirtied")
+    if facts["expected_downtime_ms"] is not None:
+        words.append(f"downtime {facts['expected_downtime_ms']} ms")
+    return ", ".join(words)

@@ -1,0 +1,240 @@
+"""A guest to another QEMU, over a channel that QEMU itself speaks on.
+
+Where the channel has two directions the far end says how it fared, and a guest that did not arrive runs on here.
+"""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cli.run import hold_signals, no_more_signals, release_signals, signals_wait
+from ..dump.live import Dump, sample_of, words_of
+from ..dump.live import Plan as DumpPlan
+from ..dump.watchdog import Guard
+from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
+from ..io.descriptors import kind
+from ..progress import Progress, Sample
+from ..qemu import control
+from ..qemu.control import Standing
+from ..report import Report
+from .uri import Way, way_of
+
+LOOK = 0.05
+KINDS = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, link:COMMAND or ssh://[USER@]HOST/GUEST"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to: `uri` as QEMU knows it, `fd` to be handed to it, `command` for the shell, or `way` to a receiver."""
+
+    uri: str
+    fd: int | None = None
+    command: str | None = None
+    answers: bool = True
+    way: Way | None = None
+
+
+def target_of(uri: str) -> Target:
+    """WrongUsage for what is none of `KINDS`."""
+    name, _, rest = uri.partition(":")
+    if name == "tcp" and rest.rpartition(":")[2].isdigit() and rest.rpartition(":")[0]:
+        return Target(uri)
+    if name == "unix" and rest:
+        # QEMU may have another working directory.
+        return Target(f"unix:{os.path.abspath(rest)}")
+    if name == "exec" and rest:
+        return Target(uri, command=rest)
+    if name == "fd" and rest.isascii() and rest.isdecimal():
+        return _descriptor(uri, int(rest))
+    if way := way_of(uri):
+        return Target(uri, way=way)
+    raise WrongUsage(f"'{uri}' is no place to move a guest to", f"expected {KINDS}")
+
+
+def _descriptor(uri: str, fd: int) -> Target:
+    try:
+        return Target(uri, fd, answers=kind(fd) == "socket")
+    except OSError as error:
+        hint = "open it in the shell, as in: vm-migrate a.qmp fd:3 3<>/dev/tcp/HOST/PORT"
+        raise WrongUsage(f"{uri}: {os.strerror(error.errno or 0).lower()}", hint) from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `after` 'paused' or 'quit'.
+
+    on: further capabilities of QEMU.  timeout: in seconds, rounds: how often RAM is gone through; then it is cancelled.
+    Over a link: `commit` seconds for the other side's word, a pipeline `through` which the data go, whether the other
+    side is to `announce` the guest and set its `clock`; `log` is where the words of a detached move go.
+    postcopy: when the limits are passed, let it cross over and fetch the rest of its pages then.
+    live_anyway: do not pause the guest first where a live migration may lose pages.
+    """
+
+    path: str
+    target: Target
+    after: str = "paused"
+    rate: int | None = None
+    downtime: int | None = None
+    on: tuple[str, ...] = field(default=())
+    timeout: float | None = None
+    rounds: int | None = None
+    commit: float = 30.0
+    through: str | None = None
+    announce: bool = True
+    log: str | None = None
+    clock: bool = False
+    postcopy: bool = False
+    live_anyway: bool = False
+
+
+class Move:
+    """One move, from its plan to its outcome."""
+
+    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+        self._plan = plan
+        self._report = report
+        self._mode = mode
+        self._started = time.monotonic()
+        self._standing: Standing | None = None
+        on = (("return-path",) if plan.target.answers else ()) + plan.on
+        mark = {"uri": plan.target.uri}
+        self._sending = control.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
+        self._guard: Guard | None = None
+
+    def begin(self) -> None:
+        """QEMU sends, and goes on by itself; what was set for it is put back in the end, whether we stay or not."""
+        require_live(self._plan)
+        hold_signals()
+        self._guard = Guard(self._plan.path, self._sending.found.owner)
+        try:
+            self._sending.move(self._plan.target.uri, self._plan.target.fd)
+        except BaseException as error:
+            raise self._put_back(error) from error
+
+    def run(self) -> dict[str, Any]:
+        """Until the guest has arrived; whatever goes wrong before, it runs on here."""
+        self.begin()
+        try:
+            release_signals()
+            with Progress(self._report, self._mode, self._sample):
+                self._follow()
+            self._arrived()
+        except BaseException as error:
+            raise self._put_back(error) from error
+        no_more_signals()
+        path = self._plan.path
+        try:
+            info = self._sending.completed().info
+        except VmstateError as error:
+            raise Unsettled(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
+        assert self._guard
+        self._guard.done()
+        return self._outcome(info, control.finish(path, self._plan.after))
+
+    def _follow(self) -> None:
+        """Look until it is over; CannotDo once it has taken too long."""
+        while True:
+            try:
+                with signals_wait():
+                    standing = self._standing = control.glance(self._plan.path)
+            except GuestGone:
+                raise
+            except VmstateError:
+                # Another command has the monitor; QEMU does not need us.
+                time.sleep(LOOK)
+                continue
+            if not standing.moving and standing.run != "finish-migrate":
+                return
+            if reason := too_long(self._plan, standing, self._started):
+                raise CannotDo(reason, "a higher --downtime, --auto-converge or vm-speed may help")
+            time.sleep(LOOK)
+
+    def _arrived(self) -> None:
+        standing = self._standing
+        assert standing
+        if standing.migration == "cancelled":
+            raise CannotDo("the migration was cancelled")
+        if not standing.given_away:
+            reason = standing.reason or "the other QEMU did not take it, and says why on its standard error"
+            raise CannotDo(f"the guest was not moved: {reason}")
+
+    def _sample(self) -> Sample | None:
+        return sample_of(self._standing.info) if self._standing and self._standing.moving else None
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        no_more_signals()
+        assert self._guard
+        if not self._sending.begun:
+            self._guard.done()
+            return error
+        path = self._plan.path
+        try:
+            self._cancel()
+            standing = self._sending.take_back()
+            self._guard.done()
+        except GuestGone as gone:
+            return Unsettled(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
+        except VmstateError as trouble:
+            why = "a signal came" if isinstance(error, Stopped) else str(error)
+            if _is_moved(path):
+                return Unsettled(f"{why}; but the guest had arrived before", f"vm-status {path}")
+            return Unsettled(f"{why}; and the guest could not be put back: {trouble}", f"vm-status {path}")
+        if isinstance(error, Stopped) or not isinstance(error, VmstateError):
+            return error
+        return CannotDo(f"{error}; the guest {words_of(standing.run)}", *error.hints)
+
+    def _cancel(self) -> None:
+        """Not in the last step: the other QEMU may let the guest run already, and its word be on the way."""
+        path = self._plan.path
+        standing = control.patiently(path, control.look)
+        if standing.moving and standing.run != "finish-migrate":
+            with contextlib.suppress(CannotDo):
+                control.cancel(path)
+
+    def _outcome(self, info: dict[str, Any], state: str) -> dict[str, Any]:
+        ram = info.get("ram", {})
+        return {
+            "guest": self._plan.path,
+            "state": state,
+            "uri": self._plan.target.uri,
+            "bytes": ram.get("transferred"),
+            "rounds": ram.get("dirty-sync-count"),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "downtime_ms": info.get("downtime"),
+        }
+
+
+def too_long(plan: Plan, standing: Standing, started: float) -> str | None:
+    """Which limit of the plan a move has passed that began at `started`; none in its last step."""
+    if standing.run == "finish-migrate" or not standing.moving:
+        return None
+    now = standing.info.get("ram", {}).get("dirty-sync-count", 0)
+    if plan.timeout is not None and time.monotonic() - started > plan.timeout:
+        return f"the move was not over in {plan.timeout:g} s, in round {now}"
+    if plan.rounds is not None and now > plan.rounds:
+        return f"the move does not come to an end: {plan.rounds} rounds are over, and pages are left"
+    return None
+
+
+def require_live(plan: Plan) -> None:
+    """WrongUsage where the guest is to be paused first, and nobody of ours is at the other end to resume it."""
+    if not plan.live_anyway:
+        why = f"over {plan.target.uri} nobody could resume it, were it paused first"
+        control.require_live(plan.path, why, "use link: or ssh://, over which it is paused first and resumed there")
+
+
+def _is_moved(path: str) -> bool:
+    try:
+        return control.glance(path).given_away
+    except VmstateError:
+        return False
+
+
+def into_command(plan: Plan, report: Report, mode: str) -> dict[str, Any]:
+    """The move into a shell's command, whose exit status counts: a dump."""
+    require_live(plan)
+    limits = plan.rate, plan.downtime, plan.target.command
+    dump = DumpPlan(plan.path, False, plan.after, *limits, live_anyway=plan.live_anyway)
+    return {**Dump(dump, report, mode).run(), "uri": plan.target.uri}

@@ -1,0 +1,91 @@
+"""What is done beside a move that is under way: its pause is kept short, and it does not last for ever.
+
+QEMU stops a guest for the last part as soon as that takes no longer than its downtime-limit, however much shorter it
+would be a round later.  So the limit begins low, and rises round by round to what is set in QEMU; one that was asked
+for stays as it is.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+
+from ..dump.relay import Outgoing
+from ..errors import CannotDo, VmstateError
+from ..qemu import control
+from ..qemu.control import Found, Standing
+from ..qemu.monitor import Monitor
+from .direct import Plan, too_long
+from .postcopy_link import Crossing
+
+LOOK = 0.15
+# The lowest downtime-limit, in ms: with a lower one also a guest at rest takes several rounds.
+FIRST_PAUSE = 20
+PAUSE = "downtime-limit"
+
+
+class Watch:
+    """While this context lasts: a thread that looks at the guest now and then.
+
+    interrupt: called with the error of a move that takes too long, or stands still with its guest.  switch: called
+    instead at the limits of the plan, where it is set.
+    """
+
+    def __init__(
+        self, plan: Plan, outgoing: Outgoing | Crossing, found: Found, interrupt: Callable[[VmstateError], object]
+    ) -> None:
+        self.switch: Callable[[], object] | None = None
+        self._plan = plan
+        self._outgoing = outgoing
+        self._interrupt = interrupt
+        self._most = found.parameters.get(PAUSE, FIRST_PAUSE) if plan.downtime is None else 0
+        self._pause, self._round = FIRST_PAUSE, 0
+        self._started = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        # Not to wait for it: the guest stands still.
+        self._over.set()
+
+    def _work(self) -> None:
+        sent, since = -1, time.monotonic()
+        while not self._over.wait(LOOK):
+            now = time.monotonic()
+            if self._outgoing.sent != sent:
+                sent, since = self._outgoing.sent, now
+            stalled = now - since > self._plan.commit
+            try:
+                with Monitor(self._plan.path, 0.5) as monitor:
+                    standing = control.look(monitor)
+                    self._raise_pause(monitor, standing)
+            except VmstateError:
+                # Others have it; the next look will do.
+                continue
+            if not self._over.is_set():
+                self._judge(standing, stalled)
+
+    def _raise_pause(self, monitor: Monitor, standing: Standing) -> None:
+        """Twice as long for each round that it did not suffice for."""
+        now = standing.info.get("ram", {}).get("dirty-sync-count", 0)
+        # The first round has all of the memory, and says nothing.
+        if self._pause >= self._most or now <= max(self._round, 2):
+            return
+        self._round, self._pause = now, min(self._most, 2 * self._pause)
+        monitor.ask("migrate-set-parameters", **{PAUSE: self._pause})
+
+    def _judge(self, standing: Standing, stalled: bool) -> None:
+        reason = too_long(self._plan, standing, self._started)
+        if reason and self.switch:
+            if standing.migration == "active":
+                with contextlib.suppress(VmstateError):
+                    self.switch()
+        elif reason:
+            self._interrupt(CannotDo(reason, "a higher --downtime, --auto-converge, --postcopy or vm-speed may help"))
+        if stalled and standing.run == "finish-migrate":
+            text = f"nothing has passed over the link for {self._plan.commit:.0f} s, with the guest standing still"
+            self._interrupt(CannotDo(text))

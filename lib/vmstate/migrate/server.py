@@ -1,0 +1,164 @@
+"""The receiving side of a link (`vm-restore --commit`): one conversation, for whatever the other side has come.
+
+Source: docs/link.md.
+"""
+
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ..cli.run import hold_signals, no_more_signals, release_signals
+from ..errors import CannotDo, Damaged, GuestGone, Misfit, VmstateError
+from ..qemu import control, markers
+from ..qemu.incoming import require_waiting
+from ..qemu.launch import Process, check_arguments, monitor_path
+from ..qemu.monitor import Monitor
+from ..report import Report
+from . import decision, filters, link, preflight
+from .destination import Plan, Taking, move_of
+from .link import Frame, Link
+
+
+class Receive:
+    """One conversation over two descriptors, from the other side's hello to its end."""
+
+    def __init__(self, plan: Plan, report: Report, reading: int, writing: int) -> None:
+        self._plan = plan
+        self._report = report
+        self._link = Link(reading, writing)
+        self._process: Process | None = None
+        self._hello: dict[str, Any] = {}
+        if plan.command:
+            check_arguments(plan.command[1:])
+
+    def run(self) -> dict[str, Any]:
+        """What came of it, as values; errors are told to the other side as well."""
+        try:
+            return self._serve()
+        except VmstateError as error:
+            with contextlib.suppress(OSError):
+                self._link.send(link.REFUSE, **link.words_of_error(error))
+                error.told = True
+            raise
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                self._link.send(link.REFUSE, status=1, message=f"internal error: {type(error).__name__}: {error}")
+            raise
+
+    def _serve(self) -> dict[str, Any]:
+        purposes: dict[str, Callable[[], dict[str, Any]]] = {
+            "move": self._move,
+            "check": self._check,
+            "settle": self._settle,
+            "grant": self._grant,
+            "resume": self._resume,
+        }
+        self._hello = self._expect(link.HELLO, link.ANSWERS).values
+        version, purpose = self._hello.get("version"), str(self._hello.get("purpose"))
+        if version != link.VERSION:
+            raise CannotDo(f"the source speaks version {version} of the link, this side version {link.VERSION}")
+        if purpose not in purposes:
+            raise CannotDo(f"the source asks for '{purpose}', which this version does not know")
+        return purposes[purpose]()
+
+    def _move(self) -> dict[str, Any]:
+        try:
+            move_of(self._hello)
+            path, findings = self._look()
+            if errors := [finding for finding in findings if finding.level == "error"]:
+                raise Misfit(errors[0].text, errors[0].hint)
+        except BaseException:
+            no_more_signals()
+            self._end_process()
+            raise
+        taking = Taking(self._plan, path, self._report, self._link, self._hello, self._process)
+        return taking.run([finding.as_dict() for finding in findings])
+
+    def _resume(self) -> dict[str, Any]:
+        return Taking(self._plan, self._path(), self._report, self._link, self._hello, None).resume()
+
+    def _check(self) -> dict[str, Any]:
+        """As a move, but for the move."""
+        try:
+            path, findings = self._look()
+            self._link.tell(link.ACCEPT, guest=path, findings=[finding.as_dict() for finding in findings])
+            return {"guest": path, "state": "inmigrate"}
+        finally:
+            self._end_process()
+
+    def _look(self) -> tuple[str, list[preflight.Finding]]:
+        """The guest, and what speaks against its taking the source's."""
+        filters.inverse(self._hello.get("through", []), self._plan.back)
+        path = self._start() if self._plan.command else self._path()
+        with Monitor(path) as monitor:
+            require_waiting(monitor, path)
+            there = preflight.facts(monitor)
+        return path, preflight.compare(self._hello.get("facts", {}), there)
+
+    def _start(self) -> str:
+        hold_signals()
+        self._process = Process(self._plan.command)
+        release_signals()
+        self._process.wait_until_it_answers()
+        return self._process.path
+
+    # what a move has left
+
+    def _settle(self) -> dict[str, Any]:
+        """Say where the guest stands; a source that has granted it may then say go."""
+        path = self._path()
+        values = decision.standing_of(path)
+        self._link.tell(link.ACCEPT, **values)
+        while frame := self._link.receive():
+            if frame.kind == link.GO:
+                values = self._go_after_all(path, str(frame.values.get("move")))
+                self._link.tell(link.RUNNING, **values)
+        return {"guest": path, **values}
+
+    def _go_after_all(self, path: str, move: str) -> dict[str, Any]:
+        def go(monitor: Monitor) -> str:
+            found = markers.read(monitor)
+            if found.get(markers.ARRIVED, {}).get("move") == move:
+                return control.look(monitor).run
+            if found.get(markers.TAKEN, {}).get("move") != move:
+                raise CannotDo(f"the guest at {path} is not the one of this move")
+            state = decision.arrive(monitor, found[markers.TAKEN])
+            with contextlib.suppress(VmstateError):
+                control.tidy(monitor)
+                control.announce(monitor)
+            return state
+
+        return {"state": control.patiently(path, go)}
+
+    def _grant(self) -> dict[str, Any]:
+        """Here is the source: let its guest go, if it was given away in this move."""
+        path, move = self._path(), move_of(self._hello)
+        try:
+            state = control.patiently(path, lambda monitor: decision.grant(monitor, move))
+        except GuestGone:
+            state = "gone"
+        self._link.tell(link.ACCEPT, state=state, guest=path, host=socket.gethostname())
+        return {"guest": path, "state": state}
+
+    # the talk
+
+    def _path(self) -> str:
+        path = self._plan.path or monitor_path(self._plan.command)
+        if path is None:
+            raise CannotDo("the receiver starts a QEMU of its own, and does not know where one from before is")
+        return path
+
+    def _expect(self, kind: int, seconds: float) -> Frame:
+        if not self._link.comes(seconds):
+            raise CannotDo(f"nothing came over the link in {seconds:.0f} s")
+        frame = self._link.receive()
+        if frame is None:
+            raise CannotDo("nothing came over the link: it ended before its source had said hello")
+        if frame.kind != kind:
+            raise Damaged(f"the source said '{chr(frame.kind)}' where '{chr(kind)}' was expected")
+        return frame
+
+    def _end_process(self) -> None:
+        if self._process:
+            self._process.end()

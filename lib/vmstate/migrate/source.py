@@ -1,0 +1,417 @@
+"""A guest to another QEMU over a link, in two phases: no crash of any process loses it or has it run twice.
+
+Source: docs/link.md, which has the conversation and what each side does when it breaks off.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import time
+from typing import Any
+
+from ..cli.run import hold_signals, no_more_signals, release_signals, signals_wait, step_back
+from ..dump.live import paused_first_words, sample, words_of
+from ..dump.relay import Outgoing
+from ..dump.watchdog import Guard
+from ..errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
+from ..io.descriptors import channel
+from ..progress import Progress
+from ..qemu import control, markers
+from ..qemu.monitor import Monitor
+from ..report import Report
+from . import decision, filters, link, preflight, recover
+from .direct import Plan
+from .filters import Filter
+from .link import Far, Frame
+from .pacing import FIRST_PAUSE, Watch
+from .postcopy_link import Crossing, finish_postcopy
+from .preflight import Finding
+from .uri import Way
+
+# A receiver that has heard 'go' needs no more than this, if it is there at all.
+RUNS = 10.0
+# As in `destination`: a receiver loads the last of it at once.
+SOON = 1.0
+
+
+class Commit:
+    """One move, from its plan to its outcome."""
+
+    def __init__(self, plan: Plan, way: Way, report: Report, mode: str) -> None:
+        self._plan = plan
+        self._way = way
+        self._report = report
+        self._mode = mode
+        self._started = time.monotonic()
+        self._move = secrets.token_hex(8)
+        self._ours, self._theirs = channel(link.ROOM)
+        self._filter: Filter | None = None
+        self._outgoing: Outgoing | Crossing | None = None
+        self._crossing: Crossing | None = None
+        self._sent = False
+        self._given = False
+        self._near: Monitor | None = None
+        self._far: Far | None = None
+        self._reason: VmstateError | None = None
+        downtime = FIRST_PAUSE if plan.downtime is None else plan.downtime
+        mark = {"uri": plan.target.uri, "move": self._move, **({"log": os.path.abspath(plan.log)} if plan.log else {})}
+        on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
+        self._sending = control.Sending(
+            plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark, live_anyway=plan.live_anyway
+        )
+        self._guard: Guard | None = None
+
+    def check(self) -> dict[str, Any]:
+        """Ask both sides, and send nothing."""
+        facts = self._facts()
+        far = self._open()
+        try:
+            findings = self._findings(far.ask("check", **self._hello(facts)))
+        finally:
+            far.leave()
+        return {"guest": self._plan.path, "uri": self._plan.target.uri, "findings": findings, "ram": facts.get("ram")}
+
+    def begin(self) -> None:
+        """Both sides agree, and QEMU sends; whatever goes wrong, the guest is put back first."""
+        if self._plan.postcopy and not self._plan.live_anyway:
+            why = "--postcopy cannot pause it first"
+            control.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
+        self._guard = Guard(self._plan.path, self._sending.found.owner, move=self._move)
+        try:
+            self._agree()
+            self._start()
+        except BaseException as error:
+            raise self._put_back(error) from error
+
+    def run(self) -> dict[str, Any]:
+        """Until the guest runs there; whatever goes wrong before it is granted, it runs on here."""
+        try:
+            if over := self._send() == "over":
+                state = self._after_postcopy()
+            else:
+                self._await_loaded()
+                # The point of no return is near, and a signal would be neither here nor there.
+                no_more_signals()
+                assert self._outgoing
+                self._outgoing.answer(0)
+        except BaseException as error:
+            self._leave_monitor()
+            raise self._put_back(error) from error
+        return self._outcome(state if over else self._decide())
+
+    # before
+
+    def _facts(self) -> dict[str, Any]:
+        with signals_wait(), Monitor(self._plan.path) as monitor:
+            standing = control.require_sendable(monitor, self._plan.path)
+            return {**preflight.facts(monitor), "run": standing.run in ("running", "suspended")}
+
+    def _open(self) -> Far:
+        hold_signals()
+        self._far = Far(self._way)
+        release_signals()
+        return self._far
+
+    def _hello(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "move": self._move,
+            "facts": facts,
+            "run": facts["run"],
+            "through": filters.names(self._plan.through),
+            "announce": self._plan.announce,
+            "clock": self._plan.clock,
+            "postcopy": self._plan.postcopy,
+            "from": {"host": socket.gethostname(), "path": os.path.realpath(self._plan.path)},
+        }
+
+    def _agree(self) -> None:
+        facts = self._facts()
+        answer = self._open().ask("move", **self._hello(facts))
+        findings = self._findings(answer)
+        for finding in findings:
+            if finding.level == "error":
+                raise Misfit(finding.text, finding.hint)
+            self._report.warning(finding.text)
+
+    @staticmethod
+    def _findings(answer: dict[str, Any]) -> list[Finding]:
+        return [Finding.from_dict(values) for values in answer.get("findings", [])]
+
+    # sending
+
+    def _start(self) -> None:
+        far = self._far
+        assert far
+        self._far_hears(far)
+        if self._plan.through:
+            hold_signals()
+            self._filter = Filter(self._plan.through, far)
+            release_signals()
+            self._outgoing = Outgoing(self._ours, self._filter.fd, whole=True)
+        else:
+            self._outgoing = self._crossing = Crossing(self._plan.path, self._ours, far)
+        hold_signals()
+        assert self._guard
+        self._sending.start(self._theirs.fileno(), stopped=False, watch=self._guard.watch)
+        release_signals()
+        self._theirs.close()
+        if self._sending.paused_first:
+            self._report.warning(paused_first_words(self._sending.paused_first, self._plan.path, "it runs there"))
+
+    def _far_hears(self, far: Far) -> None:
+        """A refusal in the midst of the data ends the sending."""
+
+        def hear(frame: Frame | None) -> bool:
+            if frame is None or frame.kind == link.REFUSE:
+                self._interrupt(None)
+            return False
+
+        far.heard = hear
+
+    def _interrupt(self, reason: VmstateError | None) -> None:
+        """From another thread: `_send` ends over it, in the midst of a read of QEMU's bytes."""
+        self._reason = self._reason or reason
+        if reason and self._far:
+            # What we write may be stuck in it.
+            self._far.cut()
+        if not self._sent:
+            with contextlib.suppress(OSError):
+                self._ours.shutdown(socket.SHUT_RDWR)
+
+    def _send(self) -> str:
+        """Until everything is sent; 'over' where it is there as well, the guest having crossed over in postcopy."""
+        assert self._outgoing and self._far
+        watch = Watch(self._plan, self._outgoing, self._sending.found, self._interrupt)
+        if self._plan.postcopy:
+            watch.switch = self._switch
+        with Progress(self._report, self._mode, lambda: sample(self._plan.path)), watch:
+            if self._crossing:
+                came = self._crossing.run()
+                self._sent = True
+                return came
+            assert isinstance(self._outgoing, Outgoing) and self._filter
+            try:
+                self._outgoing.run()
+            except BrokenPipeError as error:
+                raise self._filter.trouble() from error
+            self._filter.finish()
+        self._sent = True
+        self._far.tell(link.END, bytes=self._outgoing.sent)
+        return "sent"
+
+    def _switch(self) -> None:
+        """In another thread: have QEMU go over to postcopy, which it does unless it is done before."""
+        assert self._far and self._crossing
+        self._far.tell(link.SWITCH)
+        with Monitor(self._plan.path) as monitor:
+            # Before, since behind it nobody may take it back.
+            if markers.decide(monitor, markers.GRANTED, self._move) == markers.GRANTED:
+                monitor.ask("migrate-start-postcopy")
+
+    def _after_postcopy(self) -> str:
+        assert self._far
+        no_more_signals()
+        return finish_postcopy(self._plan.path, self._far)
+
+    # the decision
+
+    def _await_loaded(self) -> None:
+        """The guest stands still: the monitor is kept for what comes behind it, if not for long."""
+        assert self._far
+        with contextlib.suppress(VmstateError), signals_wait():
+            self._near = Monitor(self._plan.path).__enter__()
+        try:
+            self._far.expect(link.LOADED, min(SOON, self._plan.commit))
+        except link.Silent:
+            self._leave_monitor()
+            self._far.expect(link.LOADED, self._plan.commit)
+
+    def _leave_monitor(self) -> None:
+        if self._near:
+            self._near.leave()
+        self._near = None
+
+    def _decide(self) -> str:
+        """The state is loaded there and given away here: grant it, or take it back; where it runs then."""
+        path, far = self._plan.path, self._far
+        assert far
+        try:
+            granted = self._grant(self._near) if self._near else control.patiently(path, self._grant)
+        except VmstateError as error:
+            self._leave_monitor()
+            if not (isinstance(error, GuestGone) and self._given):
+                text = f"the guest is loaded there, and has not been let go here: {error}"
+                raise Unsettled(text, self._settle_words(), self._there_words()) from error
+            # Its QEMU died when it had been seen to have given it away: the other one is the only one.
+            self._report.warning(f"the QEMU of {path} has ended; its guest goes on there")
+            granted = True
+        if not granted:
+            self._leave_monitor()
+            self._leave(back=True)
+            why = "the link was lost" if far.lost else "the move was cancelled"
+            raise CannotDo(f"{why} before the guest was let go; it {words_of(control.glance(path).run)}")
+        try:
+            far.tell(link.GO, move=self._move)
+            step_back()
+            # Leaving takes time, and others may want it now.
+            self._leave_monitor()
+            state = str(far.expect(link.RUNNING, RUNS).values.get("state"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the guest has been granted
+            self._leave_monitor()
+            state = self._settle(error)
+        self._report.note("the other side lets it run")
+        return state
+
+    def _grant(self, monitor: Monitor) -> bool:
+        """In one conversation, so that nobody can take the guest back meanwhile."""
+        assert self._far
+        give_up = time.monotonic() + 60
+        while (standing := control.look(monitor)).moving or standing.run == "finish-migrate":
+            if time.monotonic() > give_up:
+                raise CannotDo("QEMU does not complete")
+            time.sleep(0.001)
+        if not standing.given_away:
+            self._sending.taken_back(monitor)
+            return False
+        if self._far.lost and decision.take_back_given(monitor):
+            self._sending.found.put_back(monitor)
+            return False
+        self._given = True
+        return markers.decide(monitor, markers.GRANTED, self._move) == markers.GRANTED
+
+    def _settle(self, error: Exception) -> str:
+        """The link was lost behind the grant: ask anew."""
+        assert self._far
+        self._far.cut()
+        give_up = time.monotonic() + self._plan.commit
+        while True:
+            try:
+                return recover.go(self._way, self._move)
+            except VmstateError as trouble:
+                if time.monotonic() > give_up or isinstance(trouble, Unsettled):
+                    text = f"the guest was given away, and whether it runs there is not known: {error}; {trouble}"
+                    raise Unsettled(text, self._settle_words()) from trouble
+            time.sleep(0.5)
+
+    def _there_words(self) -> str:
+        return "where this QEMU is gone, on the other side: vm-status there tells how to let the guest go on"
+
+    def _settle_words(self) -> str:
+        return markers.settle_command(self._plan.path, {markers.MOVED: {"uri": self._plan.target.uri}})
+
+    # after
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        """Undo all; the error to raise, with what has become of the guest."""
+        no_more_signals()
+        if self._plan.postcopy and (crossed := self._crossed(error)):
+            return crossed
+        doubt = self._sending.begun and self._may_be_loaded()
+        for end in (self._ours, self._theirs):
+            end.close()
+        if self._filter:
+            self._filter.end()
+        standing, trouble = None, None
+        try:
+            standing = self._sending.take_back(doubt=doubt) if self._sending.begun else None
+        except VmstateError as found:
+            trouble = found
+        self._end_guard(trouble)
+        error = self._reason_for(error)
+        self._leave(back=not trouble)
+        if trouble:
+            gone = isinstance(trouble, GuestGone)
+            words = str(trouble) if gone else f"the guest could not be put back: {trouble}"
+            return Unsettled(f"{error}; and {words}", self._there_words() if gone else f"vm-status {self._plan.path}")
+        if isinstance(error, Stopped) or not isinstance(error, Exception):
+            return error
+        if not isinstance(error, VmstateError):
+            return error
+        if standing:
+            error.args = (f"{error}; the guest {words_of(standing.run)}",)
+        return error
+
+    def _may_be_loaded(self) -> bool:
+        """Whether the other side may have all of the guest by now, and ask for it later."""
+        if self._sent:
+            return True
+        try:
+            return control.glance(self._plan.path).run in ("finish-migrate", "postmigrate")
+        except VmstateError:
+            return True
+
+    def _end_guard(self, trouble: VmstateError | None = None) -> None:
+        if self._guard:
+            self._guard.leave() if trouble else self._guard.done()
+        self._guard = None
+
+    def _crossed(self, error: BaseException) -> VmstateError | None:
+        """From the switchover on the guest is there, and its pages here: nothing can be undone."""
+        path = self._plan.path
+        try:
+            standing = control.glance(path)
+        except GuestGone as gone:
+            return Unsettled(
+                f"{gone}, when its guest may have crossed over", "without it the guest is lost: restore it"
+            )
+        except VmstateError:
+            return None
+        if not standing.migration.startswith("postcopy"):
+            return None
+        self._ours.close()
+        assert self._far
+        self._far.cut()
+        why = self._reason_for(error) if isinstance(error, VmstateError) else "a signal came"
+        text = f"the guest runs on the other side, and the link to its pages is lost: {why}"
+        return Unsettled(text, self._settle_words())
+
+    def _reason_for(self, error: BaseException) -> BaseException:
+        """What came first: a limit of ours, the other side's refusal, the end of the link."""
+        if not isinstance(error, OSError | CannotDo | Damaged) or self._far is None:
+            return error
+        if self._reason:
+            return self._reason
+        if said := self._far.refusal():
+            return said
+        lost = isinstance(error, OSError) or (self._far.lost and self._sending.begun)
+        return self._far.gone() if lost else error
+
+    def _leave(self, *, back: bool) -> None:
+        """Say cancel, but only where the guest is known to be back: the other side may have the only whole one."""
+        if not self._far:
+            return
+        if back and (self._sent or not self._sending.begun):
+            with contextlib.suppress(VmstateError):
+                self._far.tell(link.CANCEL)
+            self._far.leave()
+        else:
+            # In the midst of a frame there is nothing to say.
+            self._far.cut()
+
+    def _outcome(self, state: str) -> dict[str, Any]:
+        path, info, here = self._plan.path, {}, "gone"
+        assert self._outgoing and self._far
+        seconds = round(time.monotonic() - self._started, 3)
+        # The guest has arrived, whatever becomes of this.
+        with contextlib.suppress(VmstateError):
+            info = control.patiently(path, self._after_all)
+        self._end_guard()
+        with contextlib.suppress(GuestGone):
+            here = control.finish(path, self._plan.after)
+        self._far.leave()
+        return {
+            "guest": path,
+            "state": here,
+            "there": state,
+            "uri": self._plan.target.uri,
+            "bytes": self._outgoing.sent,
+            "rounds": info.get("ram", {}).get("dirty-sync-count"),
+            "seconds": seconds,
+            "downtime_ms": info.get("downtime"),
+        }
+
+    def _after_all(self, monitor: Monitor) -> dict[str, Any]:
+        decision.heard(monitor, self._move)
+        self._sending.found.put_back(monitor)
+        return control.look(monitor).info

@@ -1,0 +1,229 @@
+"""A state into a waiting guest, which runs only once the state has proven its end.
+
+Here the part that talks to QEMU and the part that reads the stream meet.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoint.revert import WayBack
+from ..cli.run import hold_signals, no_more_signals, release_signals
+from ..dump.relay import Head, Incoming, QemuStopped, read_head
+from ..errors import Damaged, GuestGone, Refused, Stopped, VmstateError
+from ..io.descriptors import HOLD, FdReader, Reader, channel, open_input, read_up_to
+from ..io.pipeline import Stage
+from ..net.nic import Nic, from_info_network
+from ..progress import Progress, Sample
+from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_fit, require_waiting
+from ..qemu.launch import Process, check_arguments
+from ..qemu.monitor import Monitor
+from ..report import Report
+from ..stream.description import judge_end
+from ..stream.identity import Once, identity
+from ..stream.validate import State
+from ..vmz import decompress
+from ..vmz.vmz_file import vmz_file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
+
+    disks: to be put back, for the QEMU to start.  once: where it is noted.
+    """
+
+    path: str | None = None
+    command: list[str] = field(default_factory=list)
+    run: bool | None = None
+    source: str | None = None
+    disks: WayBack | None = None
+    once: Once | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """state: the guest's run state; saved: the one in the state; nics: its cards, empty where it does not run."""
+
+    guest: str
+    state: str
+    saved: str
+    machine: str
+    bytes: int
+    nics: list[Nic]
+
+    def values(self) -> dict[str, Any]:
+        cards = [{"mac": nic.mac, "iface": nic.iface, "addresses": list(nic.addresses)} for nic in self.nics]
+        return {**self.__dict__, "nics": cards}
+
+
+class Restore:
+    """One restore, from its plan to its outcome."""
+
+    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+        self._plan = plan
+        self._report = report
+        self._mode = mode
+        if plan.command:
+            check_arguments(plan.command[1:])
+        hold_signals()
+        self._stage = Stage(plan.source, "source") if plan.source else None
+        self._fd = self._stage.fd if self._stage else open_input(None)
+        self._process: Process | None = None
+        self._waiting: Waiting | None = None
+        self._incoming: Incoming | None = None
+        self._size: int | None = None
+        self._whole = False
+        self._ours, self._theirs = channel()
+
+    def run(self) -> Outcome:
+        """Look, refuse or load, judge, let run.  On failure a QEMU that we started is ended."""
+        try:
+            release_signals()
+            head, ahead, source = self._open()
+            path = self._find_guest(head)
+            waiting = self._waiting = Waiting(path)
+            saved = self._load(waiting, ahead, source)
+            # Loaded and proven: what is left takes no time, and half of it would help nobody.
+            no_more_signals()
+        except BaseException as error:
+            raise self._put_back(error) from error
+        return self._settle(waiting, saved)
+
+    def _open(self) -> tuple[Head, bytes, Reader]:
+        """The head of the plain state, the bytes read for it, and where the rest comes from."""
+        source = FdReader(self._fd)
+        first = read_up_to(source, decompress.FIRST)
+        if not self._stage:
+            # Before QEMU gets a byte: a file that was not finished has no end record.
+            vmz_file(self._fd, len(first))
+        plain = decompress.unpacked(source, first)
+        head, ahead = read_head(plain)
+        if decompress.recognise(first) == "state" and not self._stage:
+            self._judge_seekable(len(ahead))
+        return head, ahead, plain
+
+    def _judge_seekable(self, ahead: int) -> None:
+        """Where the input is a file, its end is looked at before QEMU gets a byte."""
+        try:
+            start = os.lseek(self._fd, 0, os.SEEK_CUR) - ahead
+        except OSError:
+            return
+        size = os.fstat(self._fd).st_size
+        if size > start:
+            self._size = size - start
+            tail = max(start, size - HOLD)
+            judge_end(os.pread(self._fd, size - tail, tail))
+
+    def _find_guest(self, head: Head) -> str:
+        if self._plan.command:
+            hold_signals()
+            command = self._plan.command
+            self._process = Process(self._plan.disks.prepare(command) if self._plan.disks else command)
+            release_signals()
+            self._process.wait_until_it_answers()
+            path = self._process.path
+        else:
+            assert self._plan.path is not None
+            path = self._plan.path
+        with Monitor(path) as monitor:
+            require_waiting(monitor, path)
+            require_fit(monitor, path, head.machine, head.blocks)
+        return path
+
+    def _load(self, waiting: Waiting, ahead: bytes, source: Reader) -> State:
+        incoming = self._incoming = Incoming(source, ahead, self._ours)
+        try:
+            with Progress(self._report, self._mode, self._sampler()):
+                if whole := incoming.prefill():
+                    self._proven(whole)
+                hold_signals()
+                waiting.hold_and_load(self._theirs)
+                release_signals()
+                self._theirs.close()
+                if waiting.had_no_rounds:
+                    self._report.note(NO_ROUNDS)
+                saved = incoming.carry(self._proven)
+                waiting.loaded()
+                self._note(saved)
+                return saved
+        except (QemuStopped, Refused, GuestGone) as error:
+            if not waiting.begun:
+                raise
+            raise refusal_of(waiting, self._process, error, self._whole) from error
+
+    def _proven(self, state: State) -> None:
+        """The input ends as a whole state does; so must all stages before it, each with 0."""
+        if self._plan.disks:
+            self._plan.disks.judge(state)
+        if self._plan.once:
+            self._plan.once.require_new(identity(state))
+        if self._stage and not self._whole:
+            self._stage.finish()
+        self._whole = True
+
+    def _note(self, saved: State) -> None:
+        try:
+            if self._plan.once:
+                self._plan.once.note(identity(saved))
+        except VmstateError:
+            # Another one was faster.
+            assert self._waiting
+            self._waiting.discard()
+            raise
+
+    def _sampler(self) -> Callable[[], Sample | None]:
+        return lambda: Sample(self._incoming.came, self._size) if self._incoming else None
+
+    def _put_back(self, error: BaseException) -> BaseException:
+        no_more_signals()
+        self._ours.close()
+        self._theirs.close()
+        if self._stage:
+            self._stage.end()
+        if self._process:
+            self._process.end()
+        if self._plan.disks:
+            self._plan.disks.undo()
+        if isinstance(error, Stopped) or not isinstance(error, VmstateError):
+            return error
+        if self._waiting and not self._process:
+            if self._waiting.begun and isinstance(error, Damaged):
+                self._waiting.discard()
+            error.hints = (*error.hints, self._waiting.fate())
+        return error
+
+    def _settle(self, waiting: Waiting, saved: State) -> Outcome:
+        run = saved.runstate in ("running", "suspended") if self._plan.run is None else self._plan.run
+        state = waiting.settle(run)
+        nics = nics_of(waiting, self._report) if run else []
+        if self._process and self._process.added:
+            self._report.hint(f"the guest's monitor is {waiting.path}")
+        return Outcome(waiting.path, state, saved.runstate, saved.machine, saved.size, nics)
+
+
+def refusal_of(waiting: Waiting, process: Process | None, error: Exception, whole: bool) -> VmstateError:
+    """Why QEMU did not take a state, in its own words where they can be had; `whole`: the state had proven its end."""
+    if process and not process.alive():
+        return refusal(process.words(), whole)
+    try:
+        if isinstance(error, Refused):
+            raise error
+        waiting.loaded()
+    except Refused as reason:
+        # From 9.1 on QEMU lives on; the details are on its stderr nevertheless.
+        details = process.words() if process else ""
+        return refusal(f"{details}; {reason.text}" if details else reason.text, whole)
+    except VmstateError:
+        pass
+    return refusal("", whole)
+
+
+def nics_of(waiting: Waiting, report: Report) -> list[Nic]:
+    """The cards; the guest runs already, and what cannot be learnt now does not change that."""
+    try:
+        return from_info_network(*waiting.nic_facts())
+    except (VmstateError, OSError) as error:
+        report.warning(f"the guest runs, but its network cards are not known: {error}")
+        return []

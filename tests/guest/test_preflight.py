@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import Guests
 from vm import MAC, Guest, until
-from vmstate.migrate.preflight import Finding, compare, facts
+from vmstate.migrate.finding import Finding
+from vmstate.migrate.preflight import compare, facts
 from vmstate.qemu import cpu_features
 from vmstate.qemu.monitor import Monitor
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, shell
 from vm import Guest
-from vmstate.io.descriptors import HOLD, FdReader
+from vmstate.io.descriptors import HOLD
+from vmstate.io.readers import FdReader
 from vmstate.stream import constants
 from vmstate.stream.description import description_at_end
 from vmstate.stream.reader import StateReader

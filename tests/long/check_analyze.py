@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from unit.streams import state
 from unit.test_devices import ALL, devices, encoded
-from vmstate.stream import devices as library
-from vmstate.stream.devices import Device, Field, Struct
+from vmstate.stream import device_values
+from vmstate.stream.device_values import Device, Field, Struct
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "analyze"
 SUITE = "trixie"
@@ -99,7 +99,7 @@ class Comparison:
             self.note(False, path, len(ours.value), len(theirs))
         elif any(isinstance(value, Struct) for value in ours.value):
             for i, one in enumerate(theirs):
-                self.field(library._element(ours, i), one, f"{path}[{i}]")
+                self.field(device_values._element(ours, i), one, f"{path}[{i}]")
         else:
             width = ours.size // len(theirs)
             parts = [Field("", ours.type, ours.offset + i * width, width, value) for i, value in enumerate(ours.value)]

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from vmstate.net import nic
 from vmstate.net.nic import Nic
+from vmstate.qemu import nics
 
 from net import wires
 from net.wires import (
@@ -116,12 +116,13 @@ def test_a_macvtap_by_its_descriptor(namespaces, tmp_path):
     script = """
 import os, sys
 from vmstate.net import nic
+from vmstate.qemu import nics
 (name,) = os.listdir("/sys/class/net/mv0/macvtap")
 major, minor = map(int, open(f"/sys/class/net/mv0/macvtap/{name}/dev").read().split(":"))
 os.mknod(sys.argv[1], 0o20600, os.makedev(major, minor))
 fd = os.open(sys.argv[1], os.O_RDWR)
 text = "a: index=0,type=nic,model=a,macaddr=52:54:00:12:34:56\\r\\n \\\\ b: index=0,type=tap,fd=%d\\r\\n" % fd
-print(nic.line(nic.from_info_network(text, os.getpid())[0]))
+print(nic.line(nics.from_info_network(text, os.getpid())[0]))
 """
     command = host.command(sys.executable, "-c", script, str(tmp_path / "node"))
     assert sh(*command, env=ENVIRONMENT) == f"{ONE} mv0\n"
@@ -366,7 +367,7 @@ def test_cards_of_a_real_qemu(qemu, namespaces):
         before=host.command(),
     )
     text = monitor.ask("human-monitor-command", **{"command-line": "info network"})
-    cards = nic.from_info_network(text, process.pid, monitor.ask("query-rx-filter"))
+    cards = nics.from_info_network(text, process.pid, monitor.ask("query-rx-filter"))
     assert sorted((nic.mac, nic.iface) for nic in cards) == [
         (ONE, "mine0"),
         (TWO, "mine1"),
@@ -395,6 +396,6 @@ os.execvp(sys.argv[1], sys.argv[1:])
         before=host.command(sys.executable, "-c", opener),
     )
     text = monitor.ask("human-monitor-command", **{"command-line": "info network"})
-    cards = nic.from_info_network(text, process.pid, monitor.ask("query-rx-filter"))
+    cards = nics.from_info_network(text, process.pid, monitor.ask("query-rx-filter"))
     assert sorted((nic.mac, nic.iface) for nic in cards) == [(ONE, "one"), (TWO, "two")]
-    assert [nic.iface for nic in nic.from_info_network(text, None)] == [None, None]
+    assert [nic.iface for nic in nics.from_info_network(text, None)] == [None, None]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from conftest import Guests
 from vm import MAC, Guest
-from vmstate.migrate.preflight import Finding, compare
+from vmstate.migrate.finding import Finding
+from vmstate.migrate.preflight import compare
 
 from net.hosts import ADDRESS, Hosts, hosts, ip
 

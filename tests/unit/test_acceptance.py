@@ -4,7 +4,7 @@ import os
 
 import pytest
 from vmstate.announce import deliverability
-from vmstate.net import egress, nic
+from vmstate.net import egress, neighbours
 from vmstate.net.egress import Target
 from vmstate.net.nic import Nic
 
@@ -27,8 +27,8 @@ def system(tmp_path, monkeypatch):
         give(port, carrier="1", brport__state="3")
     monkeypatch.setattr(egress, "SYS", str(tmp_path))
     monkeypatch.setattr(deliverability, "PROC_SYS", str(tmp_path / "sys"))
-    monkeypatch.setattr(nic, "links", list)
-    monkeypatch.setattr(nic, "learned", dict)
+    monkeypatch.setattr(neighbours, "links", list)
+    monkeypatch.setattr(neighbours, "learned", dict)
     give.folder = tmp_path
     return give
 
@@ -74,7 +74,7 @@ def test_a_card_of_a_cloud(system):
 )
 def test_a_port_that_takes_not_everybody(system, monkeypatch, flags, words):
     link = {"ifname": "tap0", "linkinfo": {"info_slave_kind": "bridge", "info_slave_data": flags}}
-    monkeypatch.setattr(nic, "links", lambda: [link])
+    monkeypatch.setattr(neighbours, "links", lambda: [link])
     (text,) = doubts()
     assert text.startswith(words)
 
@@ -82,7 +82,7 @@ def test_a_port_that_takes_not_everybody(system, monkeypatch, flags, words):
 @pytest.mark.parametrize(("mode", "bad"), [("private", True), ("vepa", False), ("bridge", False)])
 def test_the_mode_of_a_macvtap(system, monkeypatch, mode, bad):
     system("mv0", carrier="1", macvtap__tap3="", lower_up0="")
-    monkeypatch.setattr(nic, "links", lambda: [{"ifname": "mv0", "linkinfo": {"info_data": {"mode": mode}}}])
+    monkeypatch.setattr(neighbours, "links", lambda: [{"ifname": "mv0", "linkinfo": {"info_data": {"mode": mode}}}])
     found = deliverability.findings(Target(Nic(MAC, "mv0"), "mv0"))
     assert any(one.bad for one in found) == bad
     assert any(f"mv0 is in mode {mode}" in one.text for one in found) == (mode != "bridge")

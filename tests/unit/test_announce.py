@@ -3,7 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmstate.announce import announce
+from vmstate.announce import rounds as announce_rounds
+from vmstate.net import egress
 from vmstate.net.nic import Nic
 
 MAC = "52:54:00:12:34:56"
@@ -11,7 +12,7 @@ RARP = "ffffffffffff 525400123456 8035  0001 0800 06 04 0003  525400123456 00000
 
 
 def test_schedule_is_qemus():
-    assert announce.schedule() == [0, 50, 200, 450, 800]
+    assert announce_rounds.schedule() == [0, 50, 200, 450, 800]
 
 
 @pytest.mark.parametrize(
@@ -25,12 +26,12 @@ def test_schedule_is_qemus():
     ],
 )
 def test_schedule_never_waits_longer_than_max(given_, expected):
-    assert announce.schedule(*given_) == expected
+    assert announce_rounds.schedule(*given_) == expected
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 500))
 def test_schedule_waits_grow_up_to_max(initial, maximum, rounds, step):
-    moments = announce.schedule(initial, maximum, rounds, step)
+    moments = announce_rounds.schedule(initial, maximum, rounds, step)
     waits = [later - sooner for sooner, later in zip(moments, moments[1:], strict=False)]
     assert len(moments) == rounds
     assert waits == sorted(waits)
@@ -50,10 +51,10 @@ class Sender:
 
 
 def test_one_that_fails_keeps_no_other_back():
-    good, bad = announce.Target(Nic(MAC, "good"), "good"), announce.Target(Nic(MAC, "bad"), "bad")
+    good, bad = egress.Target(Nic(MAC, "good"), "good"), egress.Target(Nic(MAC, "bad"), "bad")
     sender = Sender()
-    failures = list(announce.announce(sender, [bad, good], [0, 1]))
-    assert failures == [announce.Failure(number, bad, "Network is down") for number in (1, 2)]
+    failures = list(announce_rounds.announce(sender, [bad, good], [0, 1]))
+    assert failures == [announce_rounds.Failure(number, bad, "Network is down") for number in (1, 2)]
     assert sender.sent == [(("good", 0x8035), bytes.fromhex(RARP))] * 2
 
 
@@ -69,7 +70,7 @@ def test_moments_do_not_drift(monkeypatch):
         def sendto(self, frame, place):
             now[0] += 0.020
 
-    monkeypatch.setattr(announce.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(announce.time, "sleep", sleep)
-    assert not list(announce.announce(Slow(), [announce.Target(Nic(MAC, "x"), "x")], [0, 50, 60, 200]))
+    monkeypatch.setattr(announce_rounds.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(announce_rounds.time, "sleep", sleep)
+    assert not list(announce_rounds.announce(Slow(), [egress.Target(Nic(MAC, "x"), "x")], [0, 50, 60, 200]))
     assert waits == [0, 0.030, 0, 0.110]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import zstandard
 from vmstate.errors import Damaged
-from vmstate.io.descriptors import BLOCK, Reader
+from vmstate.io.descriptors import BLOCK
+from vmstate.io.readers import Reader
 from vmstate.vmz import convert, decompress, zstd
 from vmstate.vmz.decompress import Members, recognise, unpacked
 from vmstate.vmz.zstd import Unzstd

@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from vmstate.errors import Damaged
 from vmstate.stream import constants, device_facts
 from vmstate.stream.description import _size, description_at_end
-from vmstate.stream.devices import (
-    NUMBERS,
-    Device,
-    Field,
-    Struct,
-    decode,
-    decode_part,
-    find_field,
-    parse_description,
-    to_json,
-)
+from vmstate.stream.device_values import Device, Field, Struct, find_field, to_json
+from vmstate.stream.devices import NUMBERS, decode, decode_part, parse_description
 from vmstate.stream.validate import judge
 
 from unit.streams import NAMES, Pieces, names, refused, state

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from vmstate.encrypt.cipher import Cipher, Receivers
-from vmstate.encrypt.gpg import Means, Passphrase
+from vmstate.encrypt.gpg import Means
+from vmstate.encrypt.passphrase import Passphrase
 from vmstate.errors import Damaged
 
 from unit.streams import state

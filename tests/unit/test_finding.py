@@ -3,7 +3,7 @@
 from vmstate.announce import guest_query, lookup
 from vmstate.announce.guest_query import Told
 from vmstate.announce.lookup import AGENT, FILTER, FORWARDING, NEIGHBOURS, Found
-from vmstate.net import nic
+from vmstate.net import neighbours
 from vmstate.net.egress import Target
 from vmstate.net.nic import Nic
 
@@ -28,8 +28,8 @@ def test_a_family_is_asked_for_only_once():
 
 
 def test_the_order_of_the_sources(monkeypatch):
-    monkeypatch.setattr(nic, "neighbours", lambda: {ONE: ("192.0.2.9",), THREE: ("2001:db8::3",)})
-    monkeypatch.setattr(nic, "learned", lambda: {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:99",)})
+    monkeypatch.setattr(neighbours, "neighbours", lambda: {ONE: ("192.0.2.9",), THREE: ("2001:db8::3",)})
+    monkeypatch.setattr(neighbours, "learned", lambda: {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:99",)})
     place = Target(Nic(ONE, "tap0", ("2001:db8::1",)), "br0", "tap0")
     known = told(further={ONE: (THREE, TWO)}, vlans={ONE: (10, 20)}, addresses={ONE: ("192.0.2.7",)})
     assert list(lookup.find([place], known)) == [
@@ -46,8 +46,8 @@ def test_the_order_of_the_sources(monkeypatch):
 
 
 def test_a_card_with_a_line_of_its_own_is_not_found_again(monkeypatch):
-    monkeypatch.setattr(nic, "neighbours", dict)
-    monkeypatch.setattr(nic, "learned", lambda: {"tap0": (ONE, TWO)})
+    monkeypatch.setattr(neighbours, "neighbours", dict)
+    monkeypatch.setattr(neighbours, "learned", lambda: {"tap0": (ONE, TWO)})
     places = [Target(Nic(mac, "tap0"), "br0", "tap0") for mac in (ONE, TWO)]
     assert list(lookup.find(places, None)) == []
 
@@ -67,7 +67,7 @@ def test_the_filter_of_a_card():
 
 
 def test_a_finder_works_beside(monkeypatch):
-    monkeypatch.setattr(nic, "neighbours", lambda: {ONE: ("192.0.2.9",)})
+    monkeypatch.setattr(neighbours, "neighbours", lambda: {ONE: ("192.0.2.9",)})
     finder = lookup.Finder("nowhere.qmp")
     place = Target(Nic(ONE, "br0"), "br0")
     finder.look([place])

@@ -19,7 +19,7 @@ from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Block, Blocks, EndOfBody, Packed, Pages, Record
 from vmstate.stream.validate import State
 from vmstate.stream.writer import encode
-from vmstate.vmz import convert, file_format, page_index
+from vmstate.vmz import convert, file_format, page_index, reader, writer
 from vmstate.vmz.state_file import RawFile, state_of
 from vmstate.vmz.vmz_file import VmzFile
 
@@ -275,8 +275,9 @@ def test_pages_that_are_sent_again_in_a_real_state() -> None:
 
 @pytest.mark.parametrize("cache", [0, 256 << 10, 32 << 20])
 def test_reads_over_edges_and_a_bound_of_the_cache(cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_format, "FRAME", 64 << 10)
-    monkeypatch.setattr(file_format, "GROUP", 3 * (64 << 10))
+    monkeypatch.setattr(writer, "FRAME", 64 << 10)
+    monkeypatch.setattr(reader, "GROUP", 3 * (64 << 10))
+    monkeypatch.setattr(writer, "GROUP", 3 * (64 << 10))
     stream = state("q35-7.2")
     with opened(stream, cache) as file:
         assert len(file.pieces) > 8

@@ -9,7 +9,7 @@ import pytest
 from vmstate.checkpoint import manifest
 from vmstate.checkpoint.disks import INTERNAL, OVERLAY, check_tag, stem
 from vmstate.errors import CannotDo, Damaged, Misfit, WrongUsage
-from vmstate.stream.identity import Once
+from vmstate.restore.once import Once
 
 
 def made(folder: Path, **changed: Any) -> manifest.Manifest:

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import Damaged, WrongUsage
+from vmstate.net import neighbours
 from vmstate.net import nic as net_nic
 from vmstate.net.nic import Nic
+from vmstate.qemu import nics
 
 ONE, TWO = "52:54:00:12:34:56", "52:54:00:12:34:57"
 
@@ -138,7 +140,7 @@ HELPER = card("virtio-net-pci.0", ONE, tap("helper=(null),br=br7"))
 
 @pytest.fixture(autouse=True)
 def no_neighbours(monkeypatch):
-    monkeypatch.setattr(net_nic, "neighbours", dict)
+    monkeypatch.setattr(nics, "neighbours", dict)
 
 
 @pytest.mark.parametrize(
@@ -159,15 +161,15 @@ def no_neighbours(monkeypatch):
     ],
 )
 def test_info_network(text, expected):
-    assert [(nic.mac, nic.iface) for nic in net_nic.from_info_network(text, None)] == expected
+    assert [(nic.mac, nic.iface) for nic in nics.from_info_network(text, None)] == expected
 
 
 def test_the_filter_knows_what_the_guest_changed():
     changed = [{"name": "virtio-net-pci.0", "main-mac": "52:54:00:AA:BB:CC"}, {"name": "other", "main-mac": ONE}]
-    assert [nic.mac for nic in net_nic.from_info_network(NIC_FORMS, None, changed)] == ["52:54:00:aa:bb:cc", TWO]
+    assert [nic.mac for nic in nics.from_info_network(NIC_FORMS, None, changed)] == ["52:54:00:aa:bb:cc", TWO]
     for useless in ("", "00:00:00:00:00:00", "01:00:5e:00:00:01", "x"):
         filters = [{"name": "virtio-net-pci.0", "main-mac": useless}]
-        assert net_nic.from_info_network(NIC_FORMS, None, filters)[0].mac == ONE
+        assert nics.from_info_network(NIC_FORMS, None, filters)[0].mac == ONE
 
 
 @pytest.fixture
@@ -177,8 +179,8 @@ def process(tmp_path, monkeypatch):
     (tmp_path / "42/fd").mkdir()
     os.symlink("/dev/null", tmp_path / "42/fd/0")
     (tmp_path / "42/fdinfo/0").write_text("pos:\t0\nflags:\t02100002\n")
-    monkeypatch.setattr(net_nic, "PROC", str(tmp_path))
-    monkeypatch.setattr(net_nic, "SYS", str(tmp_path))
+    monkeypatch.setattr(nics, "PROC", str(tmp_path))
+    monkeypatch.setattr(nics, "SYS", str(tmp_path))
 
     def add(number, iface, bridge="br7"):
         (tmp_path / f"42/fdinfo/{number}").write_text(
@@ -192,7 +194,7 @@ def process(tmp_path, monkeypatch):
 
 
 def found(text, pid=42):
-    return [nic.iface for nic in net_nic.from_info_network(text, pid)]
+    return [nic.iface for nic in nics.from_info_network(text, pid)]
 
 
 def test_a_tap_by_descriptor(process):
@@ -240,19 +242,19 @@ def test_neighbours():
         {"dst": "2001:db8::1", "dev": "br0", "lladdr": TWO, "router": None, "state": ["REACHABLE"]},
         {"dst": "nonsense", "dev": "br0", "lladdr": TWO, "state": ["REACHABLE"]},
     ]
-    assert net_nic.from_neighbours(entries) == {ONE: ("192.0.2.7", "192.0.2.70", "2001:db8::7", "fe80::7")}
+    assert neighbours.from_neighbours(entries) == {ONE: ("192.0.2.7", "192.0.2.70", "2001:db8::7", "fe80::7")}
 
 
 def test_addresses_of_the_neighbour_table(monkeypatch):
-    monkeypatch.setattr(net_nic, "neighbours", lambda: {TWO: ("192.0.2.7",)})
-    assert net_nic.from_info_network(NIC_FORMS, None) == [Nic(ONE), Nic(TWO, "tap0", ("192.0.2.7",))]
+    monkeypatch.setattr(nics, "neighbours", lambda: {TWO: ("192.0.2.7",)})
+    assert nics.from_info_network(NIC_FORMS, None) == [Nic(ONE), Nic(TWO, "tap0", ("192.0.2.7",))]
 
 
 def test_without_the_tool_there_are_no_neighbours(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(net_nic, "TOOLS", "/nowhere")
+    monkeypatch.setattr(neighbours, "TOOLS", "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
-    assert net_nic.neighbours() == {}
+    assert neighbours.neighbours() == {}
 
 
 def test_what_a_bridge_has_learned():
@@ -266,7 +268,7 @@ def test_what_a_bridge_has_learned():
         {"mac": "52:54:00:12:34:59", "ifname": "up0", "master": "br0", "flags": [], "state": "stale"},
         {"mac": "nonsense", "ifname": "up0", "master": "br0"},
     ]
-    assert net_nic.from_forwarding(entries) == {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:59",)}
+    assert neighbours.from_forwarding(entries) == {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:59",)}
 
 
 def test_what_an_address_and_a_mac_look_like():

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import CannotDo, WrongUsage
 from vmstate.io import descriptors
-from vmstate.io.descriptors import FdReader, Output, Pushback, read_up_to, unread, wait_until_read, write_all
+from vmstate.io.descriptors import unread, write_all
+from vmstate.io.output import Output, wait_until_read
+from vmstate.io.readers import FdReader, Pushback, read_up_to
 
 from unit.streams import Pieces
 

@@ -4,7 +4,8 @@ import copy
 import json
 
 import pytest
-from vmstate.migrate.preflight import Finding, compare
+from vmstate.migrate.finding import Finding
+from vmstate.migrate.preflight import compare
 from vmstate.qemu import cpu_features, inventory, qtree
 
 FILE = {"block": False, "id": [1, 2], "world": None, "head": "x"}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.io.descriptors import Window
+from vmstate.io.window import Window
 from vmstate.stream import constants
 from vmstate.stream.page_map import AGAIN, CHUNK, NORMAL, UNSENT, ZERO, PageMap
 from vmstate.stream.ram import Ram

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.io.descriptors import FdReader, Window, channel
+from vmstate.io.descriptors import channel
+from vmstate.io.readers import FdReader
+from vmstate.io.window import Window
 from vmstate.stream import constants
 from vmstate.stream.ram import Ram
 from vmstate.stream.reader import StateReader

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
-from vmstate.io.descriptors import HOLD, FdReader, read_up_to
+from vmstate.io.descriptors import HOLD
+from vmstate.io.readers import FdReader, read_up_to
 from vmstate.stream.validate import judge
-from vmstate.vmz import convert, decompress, file_format, page_index, zstd
+from vmstate.vmz import convert, decompress, file_format, page_index, writer, zstd
+from vmstate.vmz import reader as vmz_reader
 from vmstate.vmz.state_file import state_of
 from vmstate.vmz.vmz_file import vmz_file
 
@@ -43,8 +45,9 @@ REAL = "q35-7.2"
 def small() -> Iterator[None]:
     """Frames of 64 KiB, three a group."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_format, "FRAME", SMALL)
-        patch.setattr(file_format, "GROUP", 3 * SMALL)
+        patch.setattr(writer, "FRAME", SMALL)
+        patch.setattr(vmz_reader, "GROUP", 3 * SMALL)
+        patch.setattr(writer, "GROUP", 3 * SMALL)
         yield
 
 
@@ -67,7 +70,7 @@ def some(length: int) -> bytes:
 
 
 def in_one_pass(data: bytes, piece: int = 1 << 30) -> bytes:
-    return b"".join(file_format.Unvmz(Pieces(data, piece)).pieces())
+    return b"".join(vmz_reader.Unvmz(Pieces(data, piece)).pieces())
 
 
 def as_zstd(data: bytes) -> bytes:
@@ -189,7 +192,7 @@ def test_threads_make_no_difference(threads: int) -> None:
 def test_a_view_of_any_size() -> None:
     """`readinto` gives what `pieces` gives, 0 only at the end, and that again and again."""
     content, found = some(2 * file_format.FRAME + 5), bytearray()
-    reader, view = file_format.Unvmz(Pieces(pack(content, other=True))), memoryview(bytearray(file_format.FRAME + 3))
+    reader, view = vmz_reader.Unvmz(Pieces(pack(content, other=True))), memoryview(bytearray(file_format.FRAME + 3))
     while count := reader.readinto(view):
         found += view[:count]
     assert found == content
@@ -447,7 +450,7 @@ def test_an_end_record_with_a_digest_of_its_own(real: bytes) -> None:
             plain = bytearray(file_format.unpack(content[head:], 1 << 20, 0))
             for _ in range(chance.randrange(1, 4)):
                 plain[chance.randrange(len(plain))] = chance.choice([0, 1, 2, 255, chance.randrange(256)])
-            changed = bytearray(content[:head] + file_format.pack(bytes(plain)))
+            changed = bytearray(content[:head] + writer.pack(bytes(plain)))
         forged = with_end(real, [*records[:number], (kind, bytes(changed)), *records[number + 1 :]])
         for reader in (unpack, look):
             try:
@@ -518,18 +521,18 @@ def test_records_of_no_sense() -> None:
         b"",
         block,
         block + b"no frame",
-        block + file_format.pack(b""),
-        block + file_format.pack(struct.pack("<IBq", 255, 2, 9)),
-        block + file_format.pack(struct.pack("<IB", 256, 2)),
-        block + file_format.pack(struct.pack("<IBq", 256, 2, -9)),
-        block + file_format.pack(struct.pack("<IBq", 256, 1, 9)),
-        block + file_format.pack(struct.pack("<IBqB", 256, 2, 9, 9)),
-        page_index.BLOCK_HEAD.pack(2, 1 << 20, 0, 0, 1) + b"pc" + file_format.pack(struct.pack("<IBq", 256, 2, 9)),
+        block + writer.pack(b""),
+        block + writer.pack(struct.pack("<IBq", 255, 2, 9)),
+        block + writer.pack(struct.pack("<IB", 256, 2)),
+        block + writer.pack(struct.pack("<IBq", 256, 2, -9)),
+        block + writer.pack(struct.pack("<IBq", 256, 1, 9)),
+        block + writer.pack(struct.pack("<IBqB", 256, 2, 9, 9)),
+        page_index.BLOCK_HEAD.pack(2, 1 << 20, 0, 0, 1) + b"pc" + writer.pack(struct.pack("<IBq", 256, 2, 9)),
     ):
         with pytest.raises(Damaged, match="its index cannot be read|record at offset 7"):
             page_index.parse_block(data, 7)
-    whole = page_index.parse_block(block + file_format.pack(struct.pack("<IBq", 256, 2, 9)), 7)
+    whole = page_index.parse_block(block + writer.pack(struct.pack("<IBq", 256, 2, 9)), 7)
     assert whole.find(255) == (2, 9 + 255 * 4104)
     for text in (b"", b"[]", b"{}", b'{"page":4096}', b"\xff", b'"early devices description"'):
         with pytest.raises(Damaged, match="its facts about the state cannot be read"):
-            page_index.parse_facts({file_format.REC_STATE: [file_format.pack(text)]}, 7)
+            page_index.parse_facts({file_format.REC_STATE: [writer.pack(text)]}, 7)

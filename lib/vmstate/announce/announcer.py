@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import CannotDo, Damaged
-from ..net.egress import Places, Target, steer
+from ..net.egress import Places, Target, packet_socket, steer
 from ..net.frames import packed
 from ..net.nic import Nic, announceable
 from ..net.sniffer import Ear, Seen, address_told, is_for
-from .announce import packet_socket
 from .lookup import LINE, QEMU, TRAFFIC, Finder, Found, Silent
 from .nic_input import Lines
 from .rounds import Event, Item, Rounds

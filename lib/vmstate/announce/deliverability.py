@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..net import nic
+from ..net import neighbours
 from ..net.egress import Target, lower_of, number, path_of
 
 PROC_SYS = "/proc/sys/net"
@@ -27,7 +27,7 @@ class Finding(NamedTuple):
 
 def findings(place: Target) -> list[Finding]:
     """Of one card; what is bad comes first."""
-    links = {str(link.get("ifname")): link for link in nic.links()}
+    links = {str(link.get("ifname")): link for link in neighbours.links()}
     found = [*_interface(place.iface), *_bridge(place, links), *_ways_out(place, links), *_sysctls(place)]
     return sorted(found, key=lambda one: not one.bad)
 
@@ -75,7 +75,9 @@ def _port_of_the_guest(tap: str, link: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _entry(place: Target) -> Iterator[Finding]:
-    where = [port for port, macs in nic.learned().items() if place.nic.mac in macs and port in _ports(place.iface)]
+    where = [
+        port for port, macs in neighbours.learned().items() if place.nic.mac in macs and port in _ports(place.iface)
+    ]
     if where and place.tap not in where:
         text = f"bridge {place.iface} has {place.nic.mac} behind {where[0]}: the old place"
         yield Finding(False, text + "; its entry is moved when the card is announced")

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 from ..errors import CannotDo, Refused
-from ..net.nic import Nic, announceable, from_info_network
-from ..qemu import control, guest_agent
+from ..net.nic import Nic, announceable
+from ..qemu import control, guest_agent, state
 from ..qemu.monitor import Monitor
+from ..qemu.nics import from_info_network
 
 # A guest that listens to more VLANs than that, to all of them perhaps, is not announced in each.
 MOST_VLANS = 64
@@ -41,7 +42,7 @@ def ask(path: str) -> Told:
 
 def _require_here(monitor: Monitor, path: str) -> str:
     """The run state; CannotDo where the guest was moved away: its frames would go to where it no longer is."""
-    standing = control.look(monitor)
+    standing = state.look(monitor)
     if standing.given_away:
         raise CannotDo(f"the guest at {path} was moved away, and is to be announced where it runs", f"vm-status {path}")
     return standing.run
@@ -79,7 +80,7 @@ def _of_agent(path: str) -> tuple[dict[str, tuple[str, ...]], str | None]:
 
 
 def have_announced(path: str, rhythm: dict[str, int]) -> str:
-    """Have QEMU announce all cards in a rhythm (as `control.ANNOUNCE`); gives the guest's run state.
+    """Have QEMU announce all cards in a rhythm (as `settings.ANNOUNCE`); gives the guest's run state.
 
     A guest with virtio cards is asked to announce itself by that, with its addresses; CannotDo where QEMU cannot.
     """

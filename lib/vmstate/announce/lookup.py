@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import VmstateError
-from ..net import nic
+from ..net import neighbours as net_neighbours
 from ..net.egress import Target
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ class Finder:
 
 def find(places: Sequence[Target], told: "Told | None") -> Iterator[Found]:
     """What there is beyond the lines."""
-    neighbours = nic.neighbours()
-    learned = nic.learned() if any(place.tap for place in places) else {}
+    neighbours = net_neighbours.neighbours()
+    learned = net_neighbours.learned() if any(place.tap for place in places) else {}
     ours = {place.nic.mac for place in places}
     for place in places:
         mac = place.nic.mac

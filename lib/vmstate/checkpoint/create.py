@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CannotDo
-from ..qemu import control
+from ..qemu import state
 from ..qemu.monitor import Monitor
 from ..stream.identity import identity
 from ..stream.validate import State
 from . import manifest
-from .disks import INTERNAL, PointInTime, drop, merge, over, overlays_of, writable
+from .disks import INTERNAL, PointInTime, drop, merge, over, writable
+from .qemu_img import overlays_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def commit(path: str, name: str) -> None:
     """Take the point in time of the manifest `name` away from the disks of a running guest: there is no way back to it
     then.  CannotDo where the guest does not write right above it, or another one was made of it."""
     found = manifest.read(name)
-    standing = control.glance(path)
+    standing = state.glance(path)
     if standing.moving or standing.run not in ("running", "suspended"):
         text = f"the guest at {path} does not run ('{standing.run}', {standing.migration}): its disks are left alone"
         raise CannotDo(text, f"vm-cont {path}")
@@ -103,6 +104,6 @@ def _dropping(path: str, tag: str, disk: manifest.Entry) -> Callable[[], None]:
         if disk.image not in there:
             raise CannotDo(f"the guest at {path} does not write into {disk.image}")
         if tag in there[disk.image].snapshots:
-            control.patiently(path, lambda monitor: drop(monitor, there[disk.image].name, tag))
+            state.patiently(path, lambda monitor: drop(monitor, there[disk.image].name, tag))
 
     return step

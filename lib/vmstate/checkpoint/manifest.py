@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CannotDo, Damaged, Misfit
-from ..io.descriptors import Output, write_all
-from ..net.nic import from_info_network
+from ..io.descriptors import write_all
+from ..io.output import Output
 from ..qemu.monitor import Monitor
+from ..qemu.nics import from_info_network
 from . import disks
 
 KIND, VERSION = "vmstate manifest", 1

@@ -9,9 +9,10 @@ from ..errors import CannotDo, Misfit, WrongUsage
 from ..stream.identity import identity
 from ..stream.validate import State
 from . import manifest
-from .disks import OVERLAY, create_overlay, run_qemu_img, stem
+from .disks import OVERLAY, stem
 from .manifest import Entry
 from .qemu_args import put_in_place
+from .qemu_img import create_overlay, run_qemu_img
 
 
 class WayBack:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ..errors import CannotDo
-from .run import PUT_BACK
+from ..signals import PUT_BACK
 
 BEGUN = b"b"
 

@@ -11,19 +11,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import CannotDo, Stopped, VmstateError, WrongUsage
-from ..report import Report, rate_value
+from ..report import Report
+from ..signals import PUT_BACK, _stop
+from .options import Options, guest_path
 
-Options = dict[str, Any]
 Main = Callable[[Options, Report], int | None]
 
 # Of these only writing can fail.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PUT_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
@@ -112,56 +112,6 @@ def _unknown(usage: str) -> str:
     return ""
 
 
-class _Held:
-    """Whether signals have to wait, and the one that does."""
-
-    held = False
-    waiting: int | None = None
-
-
-def hold_signals() -> None:
-    """From here to `release_signals` a signal waits: what is begun must be known before it can be put back."""
-    _Held.held = True
-
-
-def release_signals() -> None:
-    """Raises Stopped where a signal has been waiting."""
-    _Held.held = False
-    if _Held.waiting is not None:
-        _stop(_Held.waiting, None)
-
-
-@contextlib.contextmanager
-def signals_wait() -> Iterator[None]:
-    """Around a talk with QEMU: what a signal raises in the midst of it can get lost in it."""
-    hold_signals()
-    try:
-        yield
-    finally:
-        release_signals()
-
-
-def _stop(number: int, _frame: object) -> None:
-    if _Held.held:
-        _Held.waiting = number
-        return
-    # A second signal must not interrupt the putting back.
-    no_more_signals()
-    raise Stopped(number)
-
-
-def no_more_signals() -> None:
-    """From here on a signal comes too late, or would keep something from being put back."""
-    for number in PUT_BACK:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def step_back() -> None:
-    """A guest runs again: it needs the processor more than what is left to do here."""
-    with contextlib.suppress(OSError):
-        os.nice(10)
-
-
 def _die_of(number: int) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -185,38 +135,6 @@ def _words(error: OSError) -> str:
     if error.filename:
         return f"{error.filename}: {what}"
     return f"cannot {'write' if error.errno in FULL else 'read or write'}: {what}"
-
-
-def guest_path(options: Options) -> str:
-    """GUEST, or what VM_GUEST names."""
-    path = options.get("GUEST") or os.environ.get("VM_GUEST")
-    if not path:
-        raise WrongUsage("no guest given", "name the path of its QMP socket, or set VM_GUEST")
-    return str(path)
-
-
-def progress_mode(options: Options) -> str:
-    """'on', 'off' or 'auto'."""
-    if options["--no-progress"] or options["--quiet"]:
-        return "off"
-    return "on" if options["--progress"] else "auto"
-
-
-def rate_option(options: Options) -> int | None:
-    """--speed in bytes a second."""
-    try:
-        return None if options["--speed"] is None else rate_value(options["--speed"])
-    except ValueError as error:
-        raise WrongUsage(f"--speed: {error}") from error
-
-
-def downtime_option(options: Options) -> int | None:
-    """--downtime in ms."""
-    text = options["--downtime"]
-    # QEMU's own limit.
-    if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= 2000000):
-        raise WrongUsage(f"--downtime: expected a whole number of milliseconds up to 2000000, found '{text}'")
-    return None if text is None else int(text)
 
 
 def change_run_state(options: Options, report: Report, change: Callable[[str], Any]) -> None:

@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 from ..io.descriptors import BLOCK, channel, memory
-from ..qemu.control import ram_blocks, require_sendable
 from ..qemu.monitor import Monitor
+from ..qemu.outgoing import require_sendable
+from ..qemu.state import ram_blocks
 
 PAGE = 4096
 # What a page that is not zero, and one that is, take in the stream (migration/ram.c).

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..cli.run import hold_signals, no_more_signals, release_signals
 from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
-from ..io.descriptors import Output, channel, file_of
+from ..io.descriptors import channel, file_of
+from ..io.output import Output
 from ..io.pipeline import Stage
-from ..progress import Progress, Sample
-from ..qemu import control
+from ..progress import Progress
+from ..qemu import control, outgoing, settings, state
+from ..qemu.migration_progress import sample, words_of
 from ..report import Report, size_words
+from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream.validate import State
 from .relay import Outgoing
 from .watchdog import Drain, Guard
@@ -47,7 +49,7 @@ class Plan:
 class Dump:
     """One dump, from its plan to its outcome."""
 
-    CAPABILITIES = control.ON
+    CAPABILITIES = settings.ON
 
     def __init__(self, plan: Plan, report: Report, mode: str) -> None:
         self._plan = plan
@@ -58,7 +60,7 @@ class Dump:
         # Until the guest's state is on its way, so that `run` knows all that there is to undo.
         hold_signals()
         self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
-        self._sending = control.Sending(
+        self._sending = outgoing.Sending(
             plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES, live_anyway=plan.live_anyway
         )
         self._started = time.monotonic()
@@ -66,7 +68,7 @@ class Dump:
             self._ours, self._theirs = channel()
             self._disks = self._find_disks()
             self._guard = self._make_guard()
-            self._outgoing = Outgoing(self._ours, self._sink.fd, closing=control.ON != self.CAPABILITIES)
+            self._outgoing = Outgoing(self._ours, self._sink.fd, closing=settings.ON != self.CAPABILITIES)
         except BaseException:
             self._let_go_of_the_sink()
             raise
@@ -145,7 +147,7 @@ class Dump:
         if self._disks:
             ran = self._sending.found.ran
             out = self._plan.out if self._plan.out != "-" else None
-            goes_on = self.CAPABILITIES == control.SNAPSHOT
+            goes_on = self.CAPABILITIES == settings.SNAPSHOT
             self._disks.settle(state, ran, out or (None if self._plan.to else file_of(1)), goes_on)
             self._kept = True
             self._guard.keep()
@@ -181,7 +183,7 @@ class Dump:
         else:
             self._sink.end()
 
-    def _explain(self, error: Exception, standing: control.Standing | None) -> Exception:
+    def _explain(self, error: Exception, standing: state.Standing | None) -> Exception:
         text = str(error)
         if isinstance(error, OSError):
             gone = isinstance(error, BrokenPipeError | ConnectionError)
@@ -221,46 +223,3 @@ def paused_first_words(qemu: str, path: str, then: str) -> str:
     """Why the guest at `path` was paused before its state was sent live, and what follows."""
     why = f"{qemu} without KVM loses pages that a running guest writes meanwhile"
     return f"the guest at {path} was paused first, since {why} ({then}; --live-anyway sends it all the same)"
-
-
-def words_of(run: str) -> str:
-    return {"running": "runs on", "paused": "is paused as before", "postmigrate": "is paused as before"}.get(
-        run, f"is '{run}' as before"
-    )
-
-
-def sample(path: str) -> Sample | None:
-    """How far the migration of the guest at `path` is; None where that is not known now."""
-    try:
-        return sample_of(control.glance(path, 0.4).info)
-    except VmstateError:
-        return None
-
-
-def sample_of(info: dict[str, Any]) -> Sample | None:
-    """What `query-migrate` says, as progress."""
-    ram = info.get("ram")
-    if not ram or "total" not in ram:
-        return None
-    rate = ram.get("mbps", 0.0) * 1e6 / 8
-    dirty = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
-    facts = {
-        "status": info.get("status"),
-        "percent": round(100 * (ram["total"] - ram["remaining"]) / max(1, ram["total"]), 1),
-        "remaining": ram["remaining"],
-        "transferred": ram["transferred"],
-        "rate": int(rate),
-        "dirty_rate": int(dirty),
-        "round": ram.get("dirty-sync-count", 0),
-        "expected_downtime_ms": info.get("expected-downtime"),
-        "seconds_left": round(ram["remaining"] / rate, 3) if rate else None,
-    }
-    return Sample(ram["total"] - ram["remaining"], ram["total"], facts, _words_of_sample(facts))
-
-
-def _words_of_sample(facts: dict[str, Any]) -> str:
-    words = [f"round {facts['round']}", f"{size_words(facts['rate'])}/s sent"]
-    words.append(f"{size_words(facts['dirty_rate'])}/s dirtied")
-    if facts["expected_downtime_ms"] is not None:
-        words.append(f"downtime {facts['expected_downtime_ms']} ms")
-    return ", ".join(words)

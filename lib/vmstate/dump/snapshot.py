@@ -13,14 +13,16 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..cli.run import no_more_signals, release_signals
 from ..errors import CannotDo, Refused, Stopped, VmstateError
 from ..io.descriptors import BLOCK
 from ..progress import Progress
-from ..qemu import control, hugepages
+from ..qemu import hugepages, outgoing, settings
+from ..qemu.migration_progress import sample
 from ..qemu.monitor import Monitor
+from ..qemu.state import FOR_EVER, glance, look, patiently, wait_for
+from ..signals import no_more_signals, release_signals
 from ..stream.validate import State
-from .live import Dump, sample
+from .live import Dump
 from .watchdog import Drain
 
 WORDS = {
@@ -40,12 +42,12 @@ def possible(path: str) -> bool:
 
     NoSnapshot where it runs, and a snapshot cannot be had.
     """
-    found = control.Found()
+    found = settings.Found()
     with Monitor(path) as monitor:
-        if control.require_sendable(monitor, path).run not in ("running", "suspended"):
+        if outgoing.require_sendable(monitor, path).run not in ("running", "suspended"):
             return False
         try:
-            control.prepare(monitor, control.SNAPSHOT, {}, found)
+            settings.prepare(monitor, settings.SNAPSHOT, {}, found)
         except Refused as error:
             hints = [hint for words, hint in WORDS.items() if words in error.text.lower()]
             raise NoSnapshot(f"no snapshot of the guest at {path}: {error.text}", *hints, OTHERWISE) from error
@@ -57,7 +59,7 @@ def possible(path: str) -> bool:
 class Snapshot(Dump):
     """As `Dump`; the guest is not given away, and runs (or stands) as before."""
 
-    CAPABILITIES = control.SNAPSHOT
+    CAPABILITIES = settings.SNAPSHOT
     _pause: float | None = None
     _talk: "_Talk | None" = None
 
@@ -67,7 +69,7 @@ class Snapshot(Dump):
                 pid = monitor.pid()
             huge = hugepages.find(pid)
             state = self._send()
-            standing = control.wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
+            standing = wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
             if standing.migration != "completed":
                 raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
             self._prove()
@@ -76,9 +78,9 @@ class Snapshot(Dump):
         except BaseException as error:
             raise self._put_back(error) from error
         with contextlib.suppress(Refused):
-            control.patiently(self._plan.path, self._sending.found.put_back)
+            patiently(self._plan.path, self._sending.found.put_back)
         self._guard.done()
-        after = control.glance(self._plan.path)
+        after = glance(self._plan.path)
         outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
         # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
         hugepages.make_whole(pid, huge)
@@ -172,18 +174,18 @@ def discarding(fd: int) -> Iterator[None]:
 def drain(path: str, fd: int) -> None:
     """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
     with discarding(fd):
-        had = control.patiently(path, _unlimited, control.FOR_EVER)
+        had = patiently(path, _unlimited, FOR_EVER)
         if had is None:
             return
         try:
-            control.wait_for(path, lambda standing: not standing.moving, control.FOR_EVER, "to end its snapshot")
+            wait_for(path, lambda standing: not standing.moving, FOR_EVER, "to end its snapshot")
         finally:
-            control.patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
+            patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
 
 
 def _unlimited(monitor: Monitor) -> int | None:
     """Lift the limit of what QEMU sends; what it was, None where it sends nothing any more."""
-    if not control.look(monitor).moving:
+    if not look(monitor).moving:
         return None
     had = int(monitor.ask("query-migrate-parameters").get("max-bandwidth", 0))
     monitor.ask("migrate-set-parameters", max_bandwidth=0)

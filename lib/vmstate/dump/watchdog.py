@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NoReturn
 from ..io.pipeline import end_group
 
 if TYPE_CHECKING:
-    from ..qemu.control import Standing
     from ..qemu.monitor import Monitor
+    from ..qemu.state import Standing
 
 WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
@@ -44,7 +44,7 @@ class _Duty:
 class Guard:
     """Start the child.  To be called before there are threads.
 
-    path: the guest.  owner: of the settings that are to be put back (`control.Found`).  move: the number of the move.
+    path: the guest.  owner: of the settings that are to be put back (`settings.Found`).  move: the number of the move.
     group: the process group of the sink, or None.  held: the sink's input, to be kept open.
     snapshot: a descriptor, to be kept open, and what takes what QEMU still sends there before anything is put back.
     undo: what else is to be undone, in the end.
@@ -137,15 +137,15 @@ def _close_held(duty: _Duty) -> None:
 
 
 def _put_back(duty: _Duty, stopped: bool) -> None:
-    from ..qemu import control
+    from ..qemu import state
 
     with contextlib.suppress(Exception):
         if duty.snapshot and stopped:
             duty.snapshot[1]()
     with contextlib.suppress(Exception):
         # However long that takes: the wait ends with the QEMU.
-        control.wait_for(duty.path, _is_over, control.FOR_EVER, "to end its migration", slowest=0.5)
-        control.patiently(duty.path, lambda monitor: _settle(monitor, duty, stopped), control.FOR_EVER)
+        state.wait_for(duty.path, _is_over, state.FOR_EVER, "to end its migration", slowest=0.5)
+        state.patiently(duty.path, lambda monitor: _settle(monitor, duty, stopped), state.FOR_EVER)
     with contextlib.suppress(Exception):
         if duty.undo and stopped:
             duty.undo()
@@ -156,9 +156,9 @@ def _is_over(standing: "Standing") -> bool:
 
 
 def _settle(monitor: "Monitor", duty: _Duty, stopped: bool) -> None:
-    from ..qemu import control, markers
+    from ..qemu import control, markers, settings, state
 
-    standing, left = control.look(monitor), control.left_behind(monitor)
+    standing, left = state.look(monitor), settings.left_behind(monitor)
     ours = left is not None and left.owner == duty.owner
     if not _is_over(standing) or (left and not ours):
         # Another command has the guest now.
@@ -169,4 +169,4 @@ def _settle(monitor: "Monitor", duty: _Duty, stopped: bool) -> None:
         # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
         if stopped and standing.run in ("paused", "postmigrate"):
             control.cont_in(monitor)
-    control.tidy(monitor, duty.owner)
+    settings.tidy(monitor, duty.owner)

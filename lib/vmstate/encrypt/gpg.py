@@ -5,7 +5,6 @@ and makes a valid message of what came before; so it reads from us, and only the
 that it decrypts it reads by itself: there an end that comes too early shows.
 """
 
-import contextlib
 import os
 import select
 import socket
@@ -18,54 +17,13 @@ from typing import Any
 import gnupg
 
 from ..errors import CannotDo
-from ..io.descriptors import BLOCK, EVEN, HOLD, SPLICE_F_NONBLOCK, FdReader, channel, enlarge, kind, memory, write_all
+from ..io.descriptors import BLOCK, EVEN, HOLD, SPLICE_F_NONBLOCK, channel, enlarge, kind, memory, write_all
 from ..io.holdback import Place
+from ..io.readers import FdReader
+from .passphrase import Passphrase
 
 # gpg writes 8 KiB at a time; who waits for each of them wakes up a hundred times as often as needed.
 NAP = 0.0005
-
-
-class Passphrase:
-    """The first line of a descriptor or a file, for gpg alone: in no argument, environment, file or core."""
-
-    LONGEST = 4096
-
-    def __init__(self, fd: int, place: str) -> None:
-        _keep_out_of_cores()
-        self._line = bytearray()
-        # What stands behind the line on the same descriptor is somebody else's, as gpg has it.
-        with memoryview(bytearray(1)) as byte:
-            while FdReader(fd).readinto(byte) and byte[0] != ord("\n") and len(self._line) <= self.LONGEST:
-                self._line += byte
-        if not self._line:
-            raise CannotDo(f"the passphrase in {place} is empty")
-        if len(self._line) > self.LONGEST:
-            raise CannotDo(f"the passphrase in {place} has more than {self.LONGEST} bytes")
-
-    @classmethod
-    def of_file(cls, path: str) -> "Passphrase":
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return cls(fd, path)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise CannotDo(f"cannot read the passphrase in {path}: {error.strerror}") from error
-
-    @classmethod
-    def of_descriptor(cls, fd: int) -> "Passphrase":
-        try:
-            return cls(fd, f"descriptor {fd}")
-        except OSError as error:
-            raise CannotDo(f"cannot read the passphrase in descriptor {fd}: {error.strerror}") from error
-
-    def pipe(self) -> int:
-        """Where one gpg reads it."""
-        reading, writing = os.pipe()
-        os.write(writing, self._line + b"\n")
-        os.close(writing)
-        return reading
 
 
 def _english() -> dict[str, str]:
@@ -76,16 +34,6 @@ def _english() -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in ("LANGUAGE", "LC_ALL")}
     ctype = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or "C.UTF-8"
     return {**env, "LC_CTYPE": ctype, "LC_MESSAGES": "C"}
-
-
-def _keep_out_of_cores() -> None:
-    import ctypes
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # A core that goes to a program (core_pattern) is made in spite of the limit.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
 @dataclass(frozen=True)

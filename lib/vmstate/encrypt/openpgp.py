@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ..errors import Damaged
-from ..io.descriptors import Reader, Window
+from ..io.readers import Reader
+from ..io.window import Window
 
 PKESK, SKESK, SED, MARKER, SEIPD, AEAD = 1, 3, 9, 10, 18, 20
 NOT_ENCRYPTED = {2: "signature", 4: "signed data", 5: "secret key", 6: "public key", 8: "packed data", 11: "plain data"}

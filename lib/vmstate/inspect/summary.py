@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CannotDo
-from ..io.descriptors import Reader
+from ..io.readers import Reader
 from ..stream import constants
 from ..stream.device_facts import nics, vcpus
-from ..stream.devices import Device, Struct, decode_part, to_json
+from ..stream.device_values import Device, Struct, to_json
+from ..stream.devices import decode_part
 from ..stream.page_map import PageMap
 from ..stream.validate import State, judge
 from ..vmz.state_file import StateFile, state_of

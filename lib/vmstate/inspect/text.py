@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..report import size_words
-from ..stream.devices import Device, Struct
+from ..stream.device_values import Device, Struct
 from .summary import Difference, Survey, label
 
 WIDTH = 64

@@ -12,7 +12,8 @@ import select
 from collections import deque
 from dataclasses import dataclass
 
-from .descriptors import BLOCK, EVEN, F_SETPIPE_SZ, SPLICE_F_NONBLOCK, FdReader, memory, splice, wait, write_all
+from .descriptors import BLOCK, EVEN, F_SETPIPE_SZ, SPLICE_F_NONBLOCK, memory, splice, wait, write_all
+from .readers import FdReader
 
 
 class Ring:

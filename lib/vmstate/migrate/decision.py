@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import GuestGone, Refused
 from ..qemu import markers
-from ..qemu.control import Standing, look, run_on
+from ..qemu.control import run_on
 from ..qemu.monitor import Monitor
+from ..qemu.state import Standing, look
 
 
 def standing_of(path: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import select
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cli.run import hold_signals, no_more_signals, release_signals, step_back
 from ..errors import CannotDo, Damaged, GuestGone, Unsettled, VmstateError
 from ..io.descriptors import channel, write_all
 from ..io.pipeline import Stage
@@ -17,8 +16,10 @@ from ..qemu import control, markers
 from ..qemu.incoming import NO_ROUNDS, Waiting
 from ..qemu.launch import Process
 from ..qemu.monitor import Monitor
+from ..qemu.state import glance, look, patiently
 from ..report import Report
-from ..restore.eager import nics_of, refusal_of
+from ..restore.outcome import nics_of, refusal_of
+from ..signals import hold_signals, no_more_signals, release_signals, step_back
 from ..stream import constants
 from . import decision, filters, link
 from .link import ROOM, Frame, Link
@@ -214,7 +215,7 @@ class Taking:
     def _qemu_gave_up(self) -> bool:
         """Its reason comes before that of the filters, which end over it."""
         try:
-            return control.glance(self._path).migration == "failed"
+            return glance(self._path).migration == "failed"
         except GuestGone:
             return True
         except VmstateError:
@@ -229,7 +230,7 @@ class Taking:
         except CannotDo:
             # Somebody else has it; the next look will do.
             return
-        standing = control.look(monitor)
+        standing = look(monitor)
         if standing.migration == "postcopy-active" and standing.run == "paused":
             self._crossed = True
             no_more_signals()
@@ -239,11 +240,11 @@ class Taking:
     def _finish_postcopy(self) -> str:
         """All pages are here, and the source knows."""
         self._waiting.loaded()
-        state = control.glance(self._path).run
+        state = glance(self._path).run
         with contextlib.suppress(OSError):
             self._link.send(link.RUNNING, state=state)
         with contextlib.suppress(VmstateError):
-            control.patiently(self._path, self._waiting.afterwards)
+            patiently(self._path, self._waiting.afterwards)
         return state
 
     def _commit(self) -> str:
@@ -261,7 +262,7 @@ class Taking:
             monitor.leave()
         if not self._link.comes(LONG):
             raise CannotDo(f"the source has said nothing for {LONG:.0f} s")
-        return control.patiently(self._path, self._await_go)
+        return patiently(self._path, self._await_go)
 
     def _await_go(self, monitor: Monitor) -> str:
         if not self._granted:
@@ -305,7 +306,7 @@ class Taking:
 
     def _in_postcopy(self) -> bool:
         try:
-            return control.glance(self._path).migration.startswith("postcopy")
+            return glance(self._path).migration.startswith("postcopy")
         except VmstateError:
             return False
 
@@ -345,16 +346,17 @@ class Taking:
         """An announcement that fails is a warning: the guest runs."""
         if state != "running" or not self._may_announce:
             return
-        from ..announce import announce
+        from ..announce import rounds
+        from ..net import egress
 
         try:
-            cards = [announce.target(nic) for nic in nics_of(self._waiting, self._report) if nic.iface]
+            cards = [egress.target(nic) for nic in nics_of(self._waiting, self._report) if nic.iface]
             if not cards:
                 return
-            with announce.packet_socket() as sender:
+            with egress.packet_socket() as sender:
                 for card in cards:
-                    announce.steer(card)
-                for failure in announce.announce(sender, cards, announce.schedule()):
+                    egress.steer(card)
+                for failure in rounds.announce(sender, cards, rounds.schedule()):
                     self._report.warning(f"{failure.target.nic.mac} was not announced: {failure.reason}")
         except (VmstateError, OSError) as error:
             self._report.warning(f"the guest runs, but was not announced in the network: {error}")

@@ -9,16 +9,17 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cli.run import hold_signals, no_more_signals, release_signals, signals_wait
-from ..dump.live import Dump, sample_of, words_of
+from ..dump.live import Dump
 from ..dump.live import Plan as DumpPlan
 from ..dump.watchdog import Guard
 from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
 from ..io.descriptors import kind
 from ..progress import Progress, Sample
-from ..qemu import control
-from ..qemu.control import Standing
+from ..qemu import control, outgoing, state
+from ..qemu.migration_progress import sample_of, words_of
+from ..qemu.state import Standing
 from ..report import Report
+from ..signals import hold_signals, no_more_signals, release_signals, signals_wait
 from .uri import Way, way_of
 
 LOOK = 0.05
@@ -100,7 +101,7 @@ class Move:
         self._standing: Standing | None = None
         on = (("return-path",) if plan.target.answers else ()) + plan.on
         mark = {"uri": plan.target.uri}
-        self._sending = control.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
+        self._sending = outgoing.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
         self._guard: Guard | None = None
 
     def begin(self) -> None:
@@ -138,7 +139,7 @@ class Move:
         while True:
             try:
                 with signals_wait():
-                    standing = self._standing = control.glance(self._plan.path)
+                    standing = self._standing = state.glance(self._plan.path)
             except GuestGone:
                 raise
             except VmstateError:
@@ -188,7 +189,7 @@ class Move:
     def _cancel(self) -> None:
         """Not in the last step: the other QEMU may let the guest run already, and its word be on the way."""
         path = self._plan.path
-        standing = control.patiently(path, control.look)
+        standing = state.patiently(path, state.look)
         if standing.moving and standing.run != "finish-migrate":
             with contextlib.suppress(CannotDo):
                 control.cancel(path)
@@ -222,12 +223,12 @@ def require_live(plan: Plan) -> None:
     """WrongUsage where the guest is to be paused first, and nobody of ours is at the other end to resume it."""
     if not plan.live_anyway:
         why = f"over {plan.target.uri} nobody could resume it, were it paused first"
-        control.require_live(plan.path, why, "use link: or ssh://, over which it is paused first and resumed there")
+        outgoing.require_live(plan.path, why, "use link: or ssh://, over which it is paused first and resumed there")
 
 
 def _is_moved(path: str) -> bool:
     try:
-        return control.glance(path).given_away
+        return state.glance(path).given_away
     except VmstateError:
         return False
 

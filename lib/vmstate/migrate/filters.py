@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import CannotDo, WrongUsage
 from ..io.descriptors import BLOCK, memory
 from ..io.pipeline import Stage
-from . import link
+from . import link, remote
 
 MOST = 8
 INVERSES = {
@@ -67,7 +67,7 @@ def inverse(filters: Any, given: str | None) -> str | None:
 class Filter:
     """A pipeline on the way (`--through`): QEMU's bytes into it, what it makes of them into frames."""
 
-    def __init__(self, command: str, far: link.Far) -> None:
+    def __init__(self, command: str, far: remote.Far) -> None:
         reading, writing = os.pipe()
         self._stage = Stage(command, "filter", writing)
         os.close(writing)

@@ -3,22 +3,17 @@
 Source: docs/link.md, which says what each frame means and who sends it when.
 """
 
-import contextlib
 import json
-import queue
 import select
-import signal
 import struct
-import subprocess
 import threading
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError
-from ..io.descriptors import BLOCK, FdReader, enlarge, memory, write_all
-from ..io.pipeline import end_group, words_of_status
-from .uri import Way
+from ..io.descriptors import BLOCK, enlarge, memory, write_all
+from ..io.readers import FdReader
 
 VERSION = 1
 MAGIC = b"vml1"
@@ -151,144 +146,3 @@ def error_of(values: dict[str, Any]) -> VmstateError:
     family = FAMILY.get(status, CannotDo) if isinstance(status, int) else CannotDo
     words = [str(hint) for hint in hints[:MANY]] if isinstance(hints, list) else []
     return family(f"the other side: {values.get('message', 'it gave no reason')}", *words)
-
-
-class Silent(CannotDo):
-    """The other side has not answered in time."""
-
-
-class Far:
-    """The other side, as the process that carries the link to it, and what it has said so far."""
-
-    def __init__(self, way: Way) -> None:
-        self.way = way
-        pipe = subprocess.PIPE
-        if way.command is not None:
-            words = ["bash", "-o", "pipefail", "-c", way.command]
-            self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, start_new_session=True)
-        else:
-            self._process = _start(way.argv())
-        assert self._process.stdin and self._process.stdout
-        self.link = Link(self._process.stdout.fileno(), self._process.stdin.fileno(), sums=way.sums)
-        self._said: queue.SimpleQueue[Frame | None | VmstateError] = queue.SimpleQueue()
-        # Called with what has come, in the thread that hears it; true: that was all it is for.
-        self.heard: Any = None
-        self.lost = False
-        self._spoke = False
-        self._refusal: VmstateError | None = None
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-
-    def ask(self, purpose: str, **values: Any) -> dict[str, Any]:
-        """Say hello; what the other side answers when it accepts, else its refusal as an error."""
-        self.tell(HELLO, version=VERSION, purpose=purpose, **values)
-        return self.expect(ACCEPT, ANSWERS).values
-
-    def tell(self, kind: int, **values: Any) -> None:
-        """CannotDo where the link is gone."""
-        try:
-            self.link.send(kind, **values)
-        except OSError as error:
-            raise self.gone() from error
-
-    def expect(self, kind: int, seconds: float) -> Frame:
-        """The next frame, which is of this kind; CannotDo where there is none, or another, in time."""
-        try:
-            said = self._said.get(timeout=seconds)
-        except queue.Empty:
-            raise Silent(f"the other side did not answer in {seconds:.0f} s") from None
-        if said is None:
-            raise self.gone()
-        if isinstance(said, VmstateError):
-            self._refusal = said
-        elif said.kind == REFUSE:
-            self._refusal = error_of(said.values)
-        if self._refusal:
-            raise self._refusal
-        assert isinstance(said, Frame)
-        if said.kind != kind:
-            text = f"the other side said '{chr(said.kind)}' where '{chr(kind)}' was expected"
-            raise Damaged(text, "is it a vm-restore --commit of the same version?")
-        return said
-
-    def gone(self) -> VmstateError:
-        """Why there is no link any more: what the other side has said last, or the end of its process."""
-        self._listener.join(ENDS)
-        if said := self.refusal():
-            return said
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(1)
-            if status:
-                return CannotDo(f"the link is lost: its command ended with {words_of_status(status)}", *_hints(status))
-        return CannotDo("the link is lost: the other side has ended, or the way to it")
-
-    def refusal(self) -> VmstateError | None:
-        """What the other side has refused by now, if it has."""
-        with contextlib.suppress(queue.Empty):
-            while self._refusal is None:
-                said = self._said.get_nowait()
-                if isinstance(said, VmstateError):
-                    self._refusal = said
-                elif said and said.kind == REFUSE:
-                    self._refusal = error_of(said.values)
-        return self._refusal
-
-    def leave(self) -> None:
-        """No more will be said from here; the other side is given time for its last words, if it ever spoke."""
-        if not self._spoke:
-            return self.cut()
-        assert self._process.stdin
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(ENDS)
-        except subprocess.TimeoutExpired:
-            self.cut()
-        return None
-
-    def cut(self) -> None:
-        if self.way.command is not None:
-            end_group(self._process.pid, self._process)
-        else:
-            self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(ENDS)
-
-    def _listen(self) -> None:
-        try:
-            while frame := self.link.receive():
-                self._spoke = True
-                if self._said.qsize() > MANY:
-                    raise Damaged("the other side says more than was asked")
-                if not (self.heard and self.heard(frame)):
-                    self._said.put(frame)
-        except VmstateError as error:
-            self._said.put(error)
-        except (OSError, ValueError):
-            pass
-        finally:
-            self.lost = True
-            if self.heard:
-                self.heard(None)
-            self._said.put(None)
-
-
-def _hints(status: int) -> tuple[str, ...]:
-    if status == 255:
-        return ("255 is ssh's own: it did not reach the other host, or was not let in",)
-    if status == 127:
-        return ("127 is a shell's: vm-restore is not found there",)
-    return ()
-
-
-def _start(words: tuple[str, ...]) -> "subprocess.Popen[bytes]":
-    # In our session, so that it can ask for a password; a Ctrl-C is for us, who put the guest back.
-    try:
-        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_be_deaf)
-    except OSError as error:
-        raise CannotDo(f"cannot start {words[0]}: {error.strerror}") from error
-
-
-def _be_deaf() -> None:
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

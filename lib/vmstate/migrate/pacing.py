@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from ..dump.relay import Outgoing
 from ..errors import CannotDo, VmstateError
-from ..qemu import control
-from ..qemu.control import Found, Standing
+from ..qemu import state
 from ..qemu.monitor import Monitor
+from ..qemu.settings import Found
+from ..qemu.state import Standing
 from .direct import Plan, too_long
 from .postcopy_link import Crossing
 
@@ -61,7 +62,7 @@ class Watch:
             stalled = now - since > self._plan.commit
             try:
                 with Monitor(self._plan.path, 0.5) as monitor:
-                    standing = control.look(monitor)
+                    standing = state.look(monitor)
                     self._raise_pause(monitor, standing)
             except VmstateError:
                 # Others have it; the next look will do.

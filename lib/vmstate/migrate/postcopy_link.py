@@ -12,10 +12,11 @@ import socket
 from ..dump import relay
 from ..errors import CannotDo, Unsettled, VmstateError
 from ..io.descriptors import BLOCK, channel, memory
-from ..qemu import control, markers
+from ..qemu import control, markers, outgoing, state
 from ..qemu.monitor import Monitor
 from . import decision, link
-from .link import ANSWERS, Far, Frame
+from .link import ANSWERS, Frame
+from .remote import Far
 from .uri import Way
 
 # How long a QEMU may take to see that its link is lost, in seconds.
@@ -55,9 +56,7 @@ class Crossing:
         return "loaded"
 
     def _ended(self) -> str:
-        standing = control.wait_for(
-            self._path, lambda s: s.migration not in ("active", "device"), 10, "to end the move"
-        )
+        standing = state.wait_for(self._path, lambda s: s.migration not in ("active", "device"), 10, "to end the move")
         if standing.given_away or standing.migration.startswith("postcopy-a"):
             return "over"
         raise CannotDo(f"QEMU gave up: {standing.reason}" if standing.reason else "QEMU gave up")
@@ -83,7 +82,7 @@ class Crossing:
 
 def finish_postcopy(path: str, far: Far) -> str:
     """All pages are there: wait for QEMU's own end of it; the guest's run state there."""
-    standing = control.wait_for(path, lambda s: not s.moving or s.migration == "postcopy-paused", 60, "to complete")
+    standing = state.wait_for(path, lambda s: not s.moving or s.migration == "postcopy-paused", 60, "to complete")
     if not standing.given_away:
         raise CannotDo(f"QEMU ended the move as '{standing.migration}': {standing.reason}")
     return str(far.expect(link.RUNNING, ANSWERS).values.get("state"))
@@ -95,15 +94,15 @@ def resume(path: str, way: Way, move: str) -> str:
     Unsettled where the link is lost again, or the other side has no such guest.
     """
     hint = f"once the way is there again: vm-migrate --settle {path} {way.uri}"
-    control.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
+    state.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
     far = Far(way)
     ours, theirs = channel()
     try:
         far.ask("resume", move=move)
         crossing = Crossing(path, ours, far)
         with Monitor(path) as monitor:
-            monitor.give(control.NAME, theirs.fileno())
-            monitor.ask("migrate", uri=f"fd:{control.NAME}", resume=True)
+            monitor.give(outgoing.NAME, theirs.fileno())
+            monitor.ask("migrate", uri=f"fd:{outgoing.NAME}", resume=True)
         theirs.close()
         crossing.run()
         return finish_postcopy(path, far)
@@ -124,14 +123,14 @@ def recover(path: str, move: str) -> socket.socket:
     """On the other side: QEMU takes up its half of such a move; our end of its channel."""
     with Monitor(path) as monitor:
         _require_taken(markers.read(monitor), path, move)
-    control.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
+    state.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
     ours, theirs = channel()
     with Monitor(path) as monitor:
         found = markers.read(monitor)
         if markers.ARRIVED not in found:
             # The link was lost in the moment of its crossing.
             decision.arrive(monitor, found[markers.TAKEN], control.rhythm_of(monitor))
-        monitor.give(control.NAME, theirs.fileno())
-        monitor.ask("migrate-recover", uri=f"fd:{control.NAME}")
+        monitor.give(outgoing.NAME, theirs.fileno())
+        monitor.ask("migrate-recover", uri=f"fd:{outgoing.NAME}")
     theirs.close()
     return ours

@@ -3,14 +3,14 @@
 import contextlib
 from typing import Any
 
-from ..cli.run import no_more_signals
 from ..errors import CannotDo, Unsettled, VmstateError
-from ..qemu import control, markers
+from ..qemu import control, markers, settings, state
 from ..qemu.monitor import Monitor
+from ..signals import no_more_signals
 from . import decision, link
 from .decision import standing_of
-from .link import Far
 from .postcopy_link import resume
+from .remote import Far
 from .uri import Way
 
 
@@ -50,10 +50,10 @@ def settle(path: str, way: Way | None, *, sure: bool = False) -> dict[str, Any]:
     def tidy(monitor: Monitor) -> None:
         if outcome["where"] == "there":
             decision.heard(monitor, move)
-        control.tidy(monitor)
+        settings.tidy(monitor)
 
     with contextlib.suppress(VmstateError):
-        control.patiently(path, tidy)
+        state.patiently(path, tidy)
     return outcome
 
 
@@ -77,7 +77,7 @@ def _forget(path: str, way: Way, move: str) -> None:
     """Where the other side does not hold the guest of a move that was taken back, nobody will ask for it any more."""
     with contextlib.suppress(VmstateError):
         if _ask(way, move) not in ("loaded", "loading"):
-            control.patiently(path, markers.clear)
+            state.patiently(path, markers.clear)
 
 
 def _source(path: str, way: Way | None, move: str) -> dict[str, Any]:
@@ -89,15 +89,15 @@ def _source(path: str, way: Way | None, move: str) -> dict[str, Any]:
         there = f"not reached: {error}"
     if (
         there in ("loaded", "running")
-        and control.patiently(path, lambda monitor: decision.grant(monitor, move)) == "granted"
+        and state.patiently(path, lambda monitor: decision.grant(monitor, move)) == "granted"
     ):
         assert way
         try:
             return {"guest": path, "where": "there", "state": go(way, move)}
         except VmstateError as error:
             raise Unsettled(f"the guest at {path} was given away, and does not run there: {error}", force) from error
-    if control.patiently(path, decision.take_back_given):
-        return {"guest": path, "where": "here", "state": control.glance(path).run}
+    if state.patiently(path, decision.take_back_given):
+        return {"guest": path, "where": "here", "state": state.glance(path).run}
     text = f"the guest at {path} was given away, and may run where it was sent to ({there})"
     raise Unsettled(text, *([] if way else [f"to ask there: vm-migrate --settle {path} URI"]), force)
 
@@ -124,7 +124,7 @@ def _destination(path: str, way: Way | None, move: str, facts: dict[str, Any], s
         return state
 
     try:
-        return {"guest": path, "where": "here", "state": control.patiently(path, arrive)}
+        return {"guest": path, "where": "here", "state": state.patiently(path, arrive)}
     except VmstateError as error:
         raise Unsettled(f"the guest at {path} has been let go by its source, but does not run: {error}") from error
 

@@ -8,14 +8,15 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from ..cli.run import hold_signals, no_more_signals, release_signals
 from ..errors import CannotDo, Damaged, GuestGone, Misfit, VmstateError
-from ..qemu import control, markers
+from ..qemu import control, markers, settings
 from ..qemu.incoming import require_waiting
 from ..qemu.launch import Process, check_arguments, monitor_path
 from ..qemu.monitor import Monitor
+from ..qemu.state import look, patiently
 from ..report import Report
-from . import decision, filters, link, preflight
+from ..signals import hold_signals, no_more_signals, release_signals
+from . import decision, filters, finding, link, preflight
 from .destination import Plan, Taking, move_of
 from .link import Frame, Link
 
@@ -87,7 +88,7 @@ class Receive:
         finally:
             self._end_process()
 
-    def _look(self) -> tuple[str, list[preflight.Finding]]:
+    def _look(self) -> tuple[str, list[finding.Finding]]:
         """The guest, and what speaks against its taking the source's."""
         filters.inverse(self._hello.get("through", []), self._plan.back)
         path = self._start() if self._plan.command else self._path()
@@ -120,22 +121,22 @@ class Receive:
         def go(monitor: Monitor) -> str:
             found = markers.read(monitor)
             if found.get(markers.ARRIVED, {}).get("move") == move:
-                return control.look(monitor).run
+                return look(monitor).run
             if found.get(markers.TAKEN, {}).get("move") != move:
                 raise CannotDo(f"the guest at {path} is not the one of this move")
             state = decision.arrive(monitor, found[markers.TAKEN])
             with contextlib.suppress(VmstateError):
-                control.tidy(monitor)
+                settings.tidy(monitor)
                 control.announce(monitor)
             return state
 
-        return {"state": control.patiently(path, go)}
+        return {"state": patiently(path, go)}
 
     def _grant(self) -> dict[str, Any]:
         """Here is the source: let its guest go, if it was given away in this move."""
         path, move = self._path(), move_of(self._hello)
         try:
-            state = control.patiently(path, lambda monitor: decision.grant(monitor, move))
+            state = patiently(path, lambda monitor: decision.grant(monitor, move))
         except GuestGone:
             state = "gone"
         self._link.tell(link.ACCEPT, state=state, guest=path, host=socket.gethostname())

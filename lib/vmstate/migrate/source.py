@@ -10,23 +10,26 @@ import socket
 import time
 from typing import Any
 
-from ..cli.run import hold_signals, no_more_signals, release_signals, signals_wait, step_back
-from ..dump.live import paused_first_words, sample, words_of
+from ..dump.live import paused_first_words
 from ..dump.relay import Outgoing
 from ..dump.watchdog import Guard
 from ..errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
 from ..io.descriptors import channel
 from ..progress import Progress
-from ..qemu import control, markers
+from ..qemu import control, markers, outgoing
+from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Monitor
+from ..qemu.state import glance, look, patiently
 from ..report import Report
-from . import decision, filters, link, preflight, recover
+from ..signals import hold_signals, no_more_signals, release_signals, signals_wait, step_back
+from . import decision, filters, link, preflight, recover, remote
 from .direct import Plan
 from .filters import Filter
-from .link import Far, Frame
+from .finding import Finding
+from .link import Frame
 from .pacing import FIRST_PAUSE, Watch
 from .postcopy_link import Crossing, finish_postcopy
-from .preflight import Finding
+from .remote import Far
 from .uri import Way
 
 # A receiver that has heard 'go' needs no more than this, if it is there at all.
@@ -57,7 +60,7 @@ class Commit:
         downtime = FIRST_PAUSE if plan.downtime is None else plan.downtime
         mark = {"uri": plan.target.uri, "move": self._move, **({"log": os.path.abspath(plan.log)} if plan.log else {})}
         on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
-        self._sending = control.Sending(
+        self._sending = outgoing.Sending(
             plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark, live_anyway=plan.live_anyway
         )
         self._guard: Guard | None = None
@@ -76,7 +79,7 @@ class Commit:
         """Both sides agree, and QEMU sends; whatever goes wrong, the guest is put back first."""
         if self._plan.postcopy and not self._plan.live_anyway:
             why = "--postcopy cannot pause it first"
-            control.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
+            outgoing.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
         self._guard = Guard(self._plan.path, self._sending.found.owner, move=self._move)
         try:
             self._agree()
@@ -104,7 +107,7 @@ class Commit:
 
     def _facts(self) -> dict[str, Any]:
         with signals_wait(), Monitor(self._plan.path) as monitor:
-            standing = control.require_sendable(monitor, self._plan.path)
+            standing = outgoing.require_sendable(monitor, self._plan.path)
             return {**preflight.facts(monitor), "run": standing.run in ("running", "suspended")}
 
     def _open(self) -> Far:
@@ -223,7 +226,7 @@ class Commit:
             self._near = Monitor(self._plan.path).__enter__()
         try:
             self._far.expect(link.LOADED, min(SOON, self._plan.commit))
-        except link.Silent:
+        except remote.Silent:
             self._leave_monitor()
             self._far.expect(link.LOADED, self._plan.commit)
 
@@ -237,7 +240,7 @@ class Commit:
         path, far = self._plan.path, self._far
         assert far
         try:
-            granted = self._grant(self._near) if self._near else control.patiently(path, self._grant)
+            granted = self._grant(self._near) if self._near else patiently(path, self._grant)
         except VmstateError as error:
             self._leave_monitor()
             if not (isinstance(error, GuestGone) and self._given):
@@ -250,7 +253,7 @@ class Commit:
             self._leave_monitor()
             self._leave(back=True)
             why = "the link was lost" if far.lost else "the move was cancelled"
-            raise CannotDo(f"{why} before the guest was let go; it {words_of(control.glance(path).run)}")
+            raise CannotDo(f"{why} before the guest was let go; it {words_of(glance(path).run)}")
         try:
             far.tell(link.GO, move=self._move)
             step_back()
@@ -267,7 +270,7 @@ class Commit:
         """In one conversation, so that nobody can take the guest back meanwhile."""
         assert self._far
         give_up = time.monotonic() + 60
-        while (standing := control.look(monitor)).moving or standing.run == "finish-migrate":
+        while (standing := look(monitor)).moving or standing.run == "finish-migrate":
             if time.monotonic() > give_up:
                 raise CannotDo("QEMU does not complete")
             time.sleep(0.001)
@@ -337,7 +340,7 @@ class Commit:
         if self._sent:
             return True
         try:
-            return control.glance(self._plan.path).run in ("finish-migrate", "postmigrate")
+            return glance(self._plan.path).run in ("finish-migrate", "postmigrate")
         except VmstateError:
             return True
 
@@ -350,7 +353,7 @@ class Commit:
         """From the switchover on the guest is there, and its pages here: nothing can be undone."""
         path = self._plan.path
         try:
-            standing = control.glance(path)
+            standing = glance(path)
         except GuestGone as gone:
             return Unsettled(
                 f"{gone}, when its guest may have crossed over", "without it the guest is lost: restore it"
@@ -395,7 +398,7 @@ class Commit:
         seconds = round(time.monotonic() - self._started, 3)
         # The guest has arrived, whatever becomes of this.
         with contextlib.suppress(VmstateError):
-            info = control.patiently(path, self._after_all)
+            info = patiently(path, self._after_all)
         self._end_guard()
         with contextlib.suppress(GuestGone):
             here = control.finish(path, self._plan.after)
@@ -414,4 +417,4 @@ class Commit:
     def _after_all(self, monitor: Monitor) -> dict[str, Any]:
         decision.heard(monitor, self._move)
         self._sending.found.put_back(monitor)
-        return control.look(monitor).info
+        return look(monitor).info

@@ -180,3 +180,15 @@ def steer(place: Target) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def packet_socket() -> socket.socket:
+    """For sending alone; CannotDo without CAP_NET_RAW."""
+    try:
+        return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    except PermissionError as error:
+        raise CannotDo(
+            "sending frames needs the capability CAP_NET_RAW",
+            "run it as root, or keep the one capability:"
+            " setpriv --reuid USER --clear-groups --inh-caps +net_raw --ambient-caps +net_raw vm-announce",
+        ) from error

@@ -1,29 +1,21 @@
-"""What a guest's network cards are: the NIC lines between commands, and where QEMU has tied a card to the host.
+"""A guest's network card, and the NIC line that tells of it between commands.
 
 A NIC line is `MAC IFACE [IP...]`, blank-separated; IFACE is `-` for a card with no interface on this host.
-
-This module does not talk to QEMU: it reads the answers of `info network` (HMP) and `query-rx-filter` (QMP).
 """
 
-import contextlib
 import ipaddress
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..errors import Damaged, WrongUsage
 
-PROC = "/proc"
 SYS = "/sys"
 # Where Debian keeps ip and bridge is not in every user's PATH.
 TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
 IFACE_BYTES = 15
 QUOTED = 60
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-# "net0: index=0,type=tap,ifname=tap0,..."; in a hub the port's name stands before: "hub0port1: net0: index=0,..."
-_CLIENT = re.compile(r"(?:.*: )?(?P<name>\S+): index=(?P<queue>\d+),type=(?P<type>[^,]+),?(?P<info>.*)")
-_PEER = " \\ "
 
 
 class Nic(NamedTuple):
@@ -119,164 +111,3 @@ def announceable(text: str) -> bool:
 def _announceable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     useless = address.is_multicast or address.is_unspecified or address.is_loopback
     return not useless and str(address) != "255.255.255.255"
-
-
-class _Client(NamedTuple):
-    """One line of `info network`: a card, or what it is plugged into."""
-
-    name: str
-    type: str
-    info: str
-
-    def value(self, key: str) -> str | None:
-        # An interface's name may hold a comma, so the end is where the next key begins.
-        found = re.search(rf"(?:^|,){key}=(.*?)(?:,\w+=|$)", self.info)
-        return found[1] if found else None
-
-
-def from_info_network(text: str, pid: int | None, filters: Iterable[dict[str, Any]] = ()) -> list[Nic]:
-    """The cards of a guest and their interfaces on this host, each card once, in QEMU's order.
-
-    `text` is what HMP `info network` printed, `pid` the QEMU that printed it (None: unknown), `filters` the answer of
-    `query-rx-filter`: its `main-mac` wins, since the guest may have changed the address.  `iface` is the tap or
-    macvtap, the bridge where only that is known, None for a card with no interface (user, socket, ...) or where
-    /proc/PID cannot be read.  `addresses` are those that the host's neighbour table has for the card.
-    """
-    macs = {str(entry.get("name")): str(entry.get("main-mac", "")).lower() for entry in filters}
-    groups = list(_groups(text))
-    ifaces = _ifaces([client for group in groups for client in group if client.type == "tap"], pid)
-    found = []
-    for group in groups:
-        iface = next((ifaces[client] for client in group if ifaces.get(client)), None)
-        for card in (client for client in group if client.type == "nic"):
-            if mac := _mac_of(card, macs):
-                found.append((mac, iface))
-    known = neighbours() if found else {}
-    return [Nic(mac, iface, known.get(mac, ())) for mac, iface in found]
-
-
-def _mac_of(card: _Client, macs: dict[str, str]) -> str | None:
-    for mac in (macs.get(card.name, ""), (card.value("macaddr") or "").lower()):
-        if _MAC.fullmatch(mac) and _unicast(mac):
-            return mac
-    return None
-
-
-def _groups(text: str) -> Iterator[list[_Client]]:
-    """What is plugged together: a card and its peer, or everything on one hub; further queues are left out."""
-    group: list[_Client] = []
-    for part in text.splitlines():
-        if not part.startswith(_PEER) and (_CLIENT.fullmatch(part) or part.startswith("hub ")):
-            yield group
-            group = []
-        found = _CLIENT.fullmatch(part.removeprefix(_PEER))
-        if found and found["queue"] == "0":
-            group.append(_Client(found["name"], found["type"], found["info"]))
-    yield group
-
-
-def _ifaces(taps: Sequence[_Client], pid: int | None) -> dict[_Client, str | None]:
-    """The interface of each tap."""
-    found = {tap: tap.value("ifname") or _of_descriptor(pid, tap.value("fd")) for tap in taps}
-    # For a tap that a helper opened QEMU tells neither name nor descriptor: it is the one that no other card has.
-    helped = [tap for tap in taps if tap.value("helper")]
-    left = _of_process(pid) - {name for name in found.values() if name} if helped else set()
-    for tap in helped:
-        bridge = tap.value("br")
-        fitting = {name for name in left if bridge in (None, _master(name))}
-        # Two taps from one bridge cannot be told apart; their frames leave by that bridge all the same.
-        rivals = [other for other in helped if bridge is None or other.value("br") in (None, bridge)]
-        found[tap] = fitting.pop() if len(fitting) == len(rivals) == 1 else bridge
-    return found
-
-
-def _master(iface: str) -> str | None:
-    with contextlib.suppress(OSError):
-        return os.path.basename(os.readlink(f"{SYS}/class/net/{iface}/master"))
-    return None
-
-
-def _of_process(pid: int | None) -> set[str]:
-    """Every tap that a process has open."""
-    try:
-        descriptors = os.listdir(f"{PROC}/{pid}/fdinfo") if pid else []
-    except OSError:
-        return set()
-    return {name for descriptor in descriptors if (name := _of_descriptor(pid, descriptor))}
-
-
-def _of_descriptor(pid: int | None, descriptor: str | None) -> str | None:
-    """The tap or macvtap behind a descriptor of a process; None where it is none, or cannot be seen."""
-    if not pid or not descriptor or not descriptor.isdecimal():
-        return None
-    with contextlib.suppress(OSError):
-        with open(f"{PROC}/{pid}/fdinfo/{descriptor}", errors="surrogateescape") as info:
-            if found := re.search(r"^iff:\t(.+)$", info.read(), re.MULTILINE):
-                return found[1]
-        return _macvtap(f"{PROC}/{pid}/fd/{descriptor}")
-    return None
-
-
-def _macvtap(path: str) -> str | None:
-    # Each macvtap is a character device of its own; sysfs has it below its interface: .../net/IFACE/macvtap/tapN
-    device = os.stat(path).st_rdev
-    place = os.path.realpath(f"{SYS}/dev/char/{os.major(device)}:{os.minor(device)}")
-    found = re.search(r"/net/([^/]+)/(?:macvtap/|ipvtap/)?tap\d+$", place)
-    return found[1] if found else None
-
-
-def neighbours() -> dict[str, tuple[str, ...]]:
-    """MAC -> addresses by the host's neighbour table; empty where it cannot be read."""
-    return from_neighbours(_told("ip", "-j", "neigh", "show"))
-
-
-def learned() -> dict[str, tuple[str, ...]]:
-    """Port of a bridge -> the MACs that it has learned there; empty where that cannot be read."""
-    return from_forwarding(_told("bridge", "-j", "fdb", "show"))
-
-
-def links() -> list[dict[str, Any]]:
-    """What `ip -d -j link show` tells of every interface; empty where it cannot be asked."""
-    return _told("ip", "-d", "-j", "link", "show")
-
-
-def _told(name: str, *words: str) -> list[dict[str, Any]]:
-    # Whoever only reads or writes lines needs none of these, and is under way the sooner.
-    import json
-    import shutil
-    import subprocess
-
-    tool = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{TOOLS}")
-    if not tool:
-        return []
-    try:
-        answer = subprocess.run([tool, *words], capture_output=True, timeout=5, check=True)
-        return list(json.loads(answer.stdout or b"[]"))
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
-        return []
-
-
-def from_forwarding(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """The same from the answer of `bridge -j fdb show`."""
-    found: dict[str, dict[str, None]] = {}
-    for entry in entries:
-        mac = str(entry.get("mac", "")).lower()
-        # What a person or the kernel has set: a port's own address, groups.
-        by_hand = entry.get("state") in ("permanent", "static") or "self" in entry.get("flags", ())
-        if not by_hand and _MAC.fullmatch(mac) and _unicast(mac):
-            found.setdefault(str(entry.get("ifname")), {})[mac] = None
-    return {port: tuple(macs) for port, macs in found.items()}
-
-
-def from_neighbours(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """The same from the answer of `ip -j neigh show`; IPv4 comes first."""
-    known: dict[str, set[ipaddress.IPv4Address | ipaddress.IPv6Address]] = {}
-    for entry in entries:
-        # An advertisement that does not say "router" would take a router out of every neighbour's routes.
-        if {"FAILED", "INCOMPLETE"} & set(entry.get("state", ())) or "router" in entry or "lladdr" not in entry:
-            continue
-        with contextlib.suppress(ValueError, KeyError):
-            address = ipaddress.ip_address(entry["dst"])
-            if _announceable(address):
-                known.setdefault(str(entry["lladdr"]).lower(), set()).add(address)
-    return {mac: tuple(map(str, sorted(found, key=lambda a: (a.version, a.packed)))) for mac, found in known.items()}

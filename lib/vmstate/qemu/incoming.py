@@ -8,8 +8,11 @@ from typing import Any
 
 from ..errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
 from . import markers
-from .control import NAME, Found, Standing, announce, look, patiently, prepare, ram_blocks, run_on, tidy, wait_for
+from .control import announce, run_on
 from .monitor import Monitor
+from .outgoing import NAME
+from .settings import Found, prepare, tidy
+from .state import Standing, look, patiently, ram_blocks, wait_for
 
 # How long a QEMU may take to see that its channel has ended, in seconds.
 FALLS = 10.0

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..errors import Refused
 from ..net import nic
-from . import cpu_features, qtree
-from .control import ram_blocks
+from . import cpu_features, nics, qtree
 from .monitor import Monitor
+from .state import ram_blocks
 
 Facts = dict[str, Any]
 # The header of a qcow2 image, a table of partitions.
@@ -181,7 +181,7 @@ def _worldwide(device: int) -> str | None:
 
 def _nics(monitor: Monitor) -> list[Facts]:
     text = monitor.human("info network")
-    cards = nic.from_info_network(text, monitor.pid(), _ask(monitor, [], "query-rx-filter"))
+    cards = nics.from_info_network(text, monitor.pid(), _ask(monitor, [], "query-rx-filter"))
     known = _addresses() if any(card.iface for card in cards) else {}
     return [{"mac": card.mac, "iface": card.iface, "subnets": _subnets(card.iface, known)} for card in cards]
 

@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..cli.run import signals_wait
-from ..dump.live import sample_of
 from ..progress import Sample
 from ..report import printable, time_words
+from ..signals import signals_wait
 from . import markers
-from .control import LEFT_OVER, Standing, glance, left_behind, look, lost_its_snapshot
+from .migration_progress import sample_of
 from .monitor import Monitor
+from .settings import LEFT_OVER, left_behind
+from .state import Standing, glance, look, lost_its_snapshot
 
 # QEMU's run state to what it means; the rest depends on the migration.
 MEANING = {

@@ -14,7 +14,8 @@ from ..qemu.incoming import DEVICES, misfits, require_waiting
 from ..qemu.monitor import Monitor
 from ..stream.description import find_end
 from ..stream.device_facts import pci as pci_of
-from ..stream.devices import Device, decode_part, devices_at_end
+from ..stream.device_values import Device
+from ..stream.devices import decode_part, devices_at_end
 from ..stream.records import Blocks, Configuration, Record
 from ..stream.validate import State
 from ..vmz.state_file import state_of

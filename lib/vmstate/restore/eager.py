@@ -6,25 +6,26 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..checkpoint.revert import WayBack
-from ..cli.run import hold_signals, no_more_signals, release_signals
-from ..dump.relay import Head, Incoming, QemuStopped, read_head
 from ..errors import Damaged, GuestGone, Refused, Stopped, VmstateError
-from ..io.descriptors import HOLD, FdReader, Reader, channel, open_input, read_up_to
+from ..io.descriptors import HOLD, channel
 from ..io.pipeline import Stage
-from ..net.nic import Nic, from_info_network
+from ..io.readers import FdReader, Reader, open_input, read_up_to
 from ..progress import Progress, Sample
-from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_fit, require_waiting
+from ..qemu.incoming import NO_ROUNDS, Waiting, require_fit, require_waiting
 from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor
 from ..report import Report
+from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream.description import judge_end
-from ..stream.identity import Once, identity
+from ..stream.identity import identity
 from ..stream.validate import State
 from ..vmz import decompress
 from ..vmz.vmz_file import vmz_file
+from .once import Once
+from .outcome import Outcome, nics_of, refusal_of
+from .relay import Head, Incoming, QemuStopped, read_head
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,6 @@ class Plan:
     source: str | None = None
     disks: WayBack | None = None
     once: Once | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """state: the guest's run state; saved: the one in the state; nics: its cards, empty where it does not run."""
-
-    guest: str
-    state: str
-    saved: str
-    machine: str
-    bytes: int
-    nics: list[Nic]
-
-    def values(self) -> dict[str, Any]:
-        cards = [{"mac": nic.mac, "iface": nic.iface, "addresses": list(nic.addresses)} for nic in self.nics]
-        return {**self.__dict__, "nics": cards}
 
 
 class Restore:
@@ -201,29 +186,3 @@ class Restore:
         if self._process and self._process.added:
             self._report.hint(f"the guest's monitor is {waiting.path}")
         return Outcome(waiting.path, state, saved.runstate, saved.machine, saved.size, nics)
-
-
-def refusal_of(waiting: Waiting, process: Process | None, error: Exception, whole: bool) -> VmstateError:
-    """Why QEMU did not take a state, in its own words where they can be had; `whole`: the state had proven its end."""
-    if process and not process.alive():
-        return refusal(process.words(), whole)
-    try:
-        if isinstance(error, Refused):
-            raise error
-        waiting.loaded()
-    except Refused as reason:
-        # From 9.1 on QEMU lives on; the details are on its stderr nevertheless.
-        details = process.words() if process else ""
-        return refusal(f"{details}; {reason.text}" if details else reason.text, whole)
-    except VmstateError:
-        pass
-    return refusal("", whole)
-
-
-def nics_of(waiting: Waiting, report: Report) -> list[Nic]:
-    """The cards; the guest runs already, and what cannot be learnt now does not change that."""
-    try:
-        return from_info_network(*waiting.nic_facts())
-    except (VmstateError, OSError) as error:
-        report.warning(f"the guest runs, but its network cards are not known: {error}")
-        return []

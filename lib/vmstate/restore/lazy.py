@@ -12,23 +12,26 @@ from dataclasses import dataclass, field
 import xxhash
 
 from ..checkpoint.revert import WayBack
-from ..cli.run import hold_signals, no_more_signals, release_signals
 from ..errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
 from ..io.descriptors import channel
 from ..qemu import markers
-from ..qemu.control import NAME, Found, Standing, glance, look, odd_pages, patiently, prepare, run_on, tidy, wait_for
+from ..qemu.control import run_on
 from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_waiting
 from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor, StandsStill
+from ..qemu.outgoing import NAME
+from ..qemu.settings import Found, prepare, tidy
+from ..qemu.state import Standing, glance, look, odd_pages, patiently, wait_for
 from ..report import Report
-from ..stream.identity import Once
+from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream.identity import identity as which
 from ..vmz import decompress
 from ..vmz.state_file import RawFile, StateFile, state_of
 from ..vmz.vmz_file import vmz_file
 from . import page_injection
 from .compatibility import Against
-from .eager import Outcome, nics_of
+from .once import Once
+from .outcome import Outcome, nics_of
 from .page_server import Lost, PageServer, Place, Tally
 from .page_server_thread import Recovered, Serving, recover
 from .postcopy import NoIndex, NotLazy, Opening, have_of, opening_of
@@ -376,30 +379,6 @@ EAGER = "restore all of it before it runs: vm-restore without --lazy, or --lazy-
 
 def _crossed(standing: Standing) -> bool:
     return standing.migration in ("postcopy-active", "postcopy-paused", "completed")
-
-
-def stdio(fd: int, on_demand: bool, first: list[Place]) -> Tally:
-    """For a QEMU that runs us as its `-incoming exec:`, over standard input and output."""
-    file = open_state(fd)
-    opening = opening_of(file)
-    state_of(file)
-    server = PageServer(file, opening, 0, 1, on_demand=on_demand, first=first)
-    serving = Serving(server)
-    serving.start(opening.stream())
-    error = serving.wait(server.give_up)
-    if isinstance(error, Lost):
-        if not server.tally.asked:
-            hint = "start QEMU with: -global migration.x-postcopy-ram=on"
-            raise CannotDo(f"QEMU does not take the state: {error}; its own words say why", hint) from error
-        raise Unsettled(f"the guest runs, and lacks pages: {error}", STDIO_RESUME) from error
-    if isinstance(error, Damaged):
-        raise Damaged(f"{error}; the guest stands still as soon as it needs it", STDIO_RESUME) from error
-    if error is not None:
-        raise error
-    return server.tally
-
-
-STDIO_RESUME = "with a good copy of the state: vm-restore --resume --i-am-sure GUEST < STATE.vmz"
 
 
 def outcome_of(path: str, report: Report) -> Outcome:

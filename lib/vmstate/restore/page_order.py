@@ -15,7 +15,8 @@ MOST = 1 << 21
 
 def write(path: str, order: Iterable[Place]) -> None:
     """The file appears whole or not at all."""
-    from ..io.descriptors import Output, write_all
+    from ..io.descriptors import write_all
+    from ..io.output import Output
 
     lines = [HEAD, *(f"{name.decode(errors='surrogateescape')} {first} {count}" for name, first, count in _runs(order))]
     output = Output(path, text=True)

@@ -18,8 +18,8 @@ from typing import Any
 from ..errors import CannotDo, Damaged
 from ..stream import constants
 from ..stream.page_map import NORMAL
-from ..vmz.file_format import processors
 from ..vmz.state_file import StateFile
+from ..vmz.workers import processors
 from .postcopy import PAGE, STRIDE, Opening, ReturnPath, Said
 
 # Of the rest, on its way at once

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..cli.run import hold_signals, release_signals
 from ..errors import CannotDo, Stopped
 from ..qemu.monitor import Monitor
+from ..signals import hold_signals, release_signals
 from ..stream import constants
 from .page_server import Lost, PageServer
 from .postcopy import Opening, ReturnPath, Said, command

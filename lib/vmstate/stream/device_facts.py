@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .devices import Device, Field, Struct, find_field
+from .device_values import Device, Field, Struct, find_field
 
 # A function behind bridges has a place for each: 0000:00:1c.0:00.0
 ADDRESS = re.compile(r"([0-9a-f]{4}:[0-9a-f]{2}(?::[0-9a-f]{2}\.[0-7])+)/")

@@ -11,7 +11,7 @@ from itertools import compress, repeat
 from operator import ne, sub
 
 from ..errors import Damaged
-from ..io.descriptors import Window
+from ..io.window import Window
 from . import constants
 from .records import Block, Blocks, EndOfBody, Packed, Pages, Record
 

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from ..errors import Damaged
-from ..io.descriptors import Reader, Window
+from ..io.readers import Reader
+from ..io.window import Window
 from . import constants
 from .description import UNREADABLE
 from .ram import Ram

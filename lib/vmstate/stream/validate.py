@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import Damaged
-from ..io.descriptors import Reader
+from ..io.readers import Reader
 from . import constants
 from .description import UNREADABLE, Part, name_of, runstate_of, sections, undescribed
 from .devices import parse_description

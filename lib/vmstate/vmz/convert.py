@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import CannotDo, Damaged
-from ..io.descriptors import HOLD, Pushback, Reader, blocks, read_up_to, write_all
+from ..io.descriptors import HOLD, write_all
+from ..io.readers import Pushback, Reader, blocks, read_up_to
 from ..stream.validate import judge
-from . import file_format
+from . import file_format, reader
 from .decompress import FIRST, hints_for, recognise, words_for
 from .page_index import Places, parse
 from .vmz_file import vmz_file
+from .writer import Writer
 from .zstd import Unzstd
 
 ANY = "with --any other bytes than those of a state are taken, and proven less"
@@ -21,7 +23,7 @@ def compress(source: Reader, fd: int, level: int, threads: int = 0, *, other: bo
 
     Damaged where the input is no whole state (other: where it is empty); what has been written then has no end record.
     """
-    writer = file_format.Writer(fd, level, threads, other=other)
+    writer = Writer(fd, level, threads, other=other)
     try:
         writer.finish(_all(source, writer) if other else _state(source, writer))
         return writer.written
@@ -34,7 +36,7 @@ def compress(source: Reader, fd: int, level: int, threads: int = 0, *, other: bo
         writer.close()
 
 
-def _all(source: Reader, writer: file_format.Writer) -> list[tuple[int, bytes]]:
+def _all(source: Reader, writer: Writer) -> list[tuple[int, bytes]]:
     came = 0
     for block in blocks(source):
         came += len(block)
@@ -44,7 +46,7 @@ def _all(source: Reader, writer: file_format.Writer) -> list[tuple[int, bytes]]:
     return []
 
 
-def _state(source: Reader, writer: file_format.Writer) -> list[tuple[int, bytes]]:
+def _state(source: Reader, writer: Writer) -> list[tuple[int, bytes]]:
     places = Places()
     state = judge(source, writer.write, places.see)
     return places.records(state)
@@ -67,7 +69,7 @@ def decompress(source: Reader, fd: int | None, threads: int = 0, *, other: bool 
     if kind != "vmz":
         content: Reader = Unzstd(whole)
     else:
-        content = unvmz = file_format.Unvmz(whole, threads=threads)
+        content = unvmz = reader.Unvmz(whole, threads=threads)
         if other or file_format.is_state(first):
             for piece in _held(_whole(unvmz)):
                 written(piece)
@@ -109,7 +111,7 @@ def _held(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield from held
 
 
-def _whole(unvmz: file_format.Unvmz) -> Iterator[bytes]:
+def _whole(unvmz: reader.Unvmz) -> Iterator[bytes]:
     """The content, with its index proven before the end is reached."""
     yield from unvmz.pieces()
     assert unvmz.records is not None
@@ -127,7 +129,7 @@ def listing(source: Reader, fd: int) -> dict[str, Any]:
             raise Damaged("the input is empty")
         if recognise(first) != "vmz":
             raise CannotDo(f"no .vmz: found {words_for(first)}", "zstd -l tells of zstd files")
-        unvmz = file_format.Unvmz(Pushback(first, source))
+        unvmz = reader.Unvmz(Pushback(first, source))
         for _ in unvmz.pieces():
             pass
         assert unvmz.records is not None

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import Damaged
-from ..io.descriptors import BLOCK, Pushback, Reader, exactly, memory, read_up_to
+from ..io.descriptors import BLOCK, memory
+from ..io.readers import Pushback, Reader, exactly, read_up_to
 from . import file_format, zstd
-from .file_format import Unvmz
+from .reader import Unvmz
 from .zstd import Unzstd
 
 MAGICS = (

@@ -13,7 +13,7 @@ from ..errors import Damaged
 from ..stream.page_map import AGAIN, NORMAL, PageMap
 from ..stream.records import Block, Blocks, Description, Devices, Packed, Pages, Record
 from ..stream.validate import State
-from . import file_format
+from . import file_format, writer
 
 # A page that was sent last as a difference or packed by zlib: what lies there is the record, not the page.
 PACKED = 8
@@ -53,7 +53,7 @@ class Places:
         """The records of the index, kind and content of each."""
         facts = {name: getattr(state, name) for name in FACTS}
         text = json.dumps({**facts, **self._spans}, separators=(",", ":")).encode()
-        found = [(file_format.REC_STATE, file_format.pack(text))]
+        found = [(file_format.REC_STATE, writer.pack(text))]
         for name, page_map in state.maps.items():
             found.append((file_format.REC_BLOCK, _block_record(page_map, self._blocks[name])))
         return found
@@ -133,7 +133,7 @@ def _block_record(page_map: PageMap, layers: _Layers) -> bytes:
             end = place + count * stride
     name = page_map.block.name
     head = BLOCK_HEAD.pack(len(name), page_map.block.size, page_map.page, page_map.again, len(counts)) + name
-    return head + file_format.pack(file_format.packed(counts) + bytes(kinds) + file_format.packed(jumps))
+    return head + writer.pack(file_format.packed(counts) + bytes(kinds) + file_format.packed(jumps))
 
 
 def _runs(page_map: PageMap, last: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ from array import array
 from typing import Any
 
 from ..errors import CannotDo, Damaged
-from ..io.descriptors import FdReader, Reader
+from ..io.readers import FdReader, Reader
 from ..stream.description import UNREADABLE
 from ..stream.page_map import NORMAL
 from ..stream.reader import StateReader

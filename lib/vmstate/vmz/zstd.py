@@ -10,7 +10,8 @@ import struct
 from collections.abc import Callable, Generator
 
 from ..errors import Damaged
-from ..io.descriptors import BLOCK, Reader, memory
+from ..io.descriptors import BLOCK, memory
+from ..io.readers import Reader
 
 # RFC 8878, 3.1: frames, and blocks in them
 FRAME = 0xFD2FB528

@@ -1,0 +1,32 @@
+"""One finding of the checks before a migration."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+THERE = "start the QEMU there with the same"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What keeps a guest from its move ('error'), or may ('warning'); `hint` says what to do next."""
+
+    level: str
+    text: str
+    hint: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "Finding":
+        """The inverse of `as_dict`; what has no known level is an error."""
+        level = "warning" if found.get("level") == "warning" else "error"
+        return cls(level, str(found.get("text", "")), str(found.get("hint", "")))
+
+
+def _error(text: str, hint: str) -> Finding:
+    return Finding("error", text, hint)
+
+
+def _warning(text: str, hint: str) -> Finding:
+    return Finding("warning", text, hint)

@@ -1,0 +1,51 @@
+"""How far a migration is, from what QEMU tells of it."""
+
+from typing import Any
+
+from ..errors import VmstateError
+from ..progress import Sample
+from ..report import size_words
+from . import state
+
+
+def words_of(run: str) -> str:
+    return {"running": "runs on", "paused": "is paused as before", "postmigrate": "is paused as before"}.get(
+        run, f"is '{run}' as before"
+    )
+
+
+def sample(path: str) -> Sample | None:
+    """How far the migration of the guest at `path` is; None where that is not known now."""
+    try:
+        return sample_of(state.glance(path, 0.4).info)
+    except VmstateError:
+        return None
+
+
+def sample_of(info: dict[str, Any]) -> Sample | None:
+    """What `query-migrate` says, as progress."""
+    ram = info.get("ram")
+    if not ram or "total" not in ram:
+        return None
+    rate = ram.get("mbps", 0.0) * 1e6 / 8
+    dirty = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+    facts = {
+        "status": info.get("status"),
+        "percent": round(100 * (ram["total"] - ram["remaining"]) / max(1, ram["total"]), 1),
+        "remaining": ram["remaining"],
+        "transferred": ram["transferred"],
+        "rate": int(rate),
+        "dirty_rate": int(dirty),
+        "round": ram.get("dirty-sync-count", 0),
+        "expected_downtime_ms": info.get("expected-downtime"),
+        "seconds_left": round(ram["remaining"] / rate, 3) if rate else None,
+    }
+    return Sample(ram["total"] - ram["remaining"], ram["total"], facts, _words_of_sample(facts))
+
+
+def _words_of_sample(facts: dict[str, Any]) -> str:
+    words = [f"round {facts['round']}", f"{size_words(facts['rate'])}/s sent"]
+    words.append(f"{size_words(facts['dirty_rate'])}/s dirtied")
+    if facts["expected_downtime_ms"] is not None:
+        words.append(f"downtime {facts['expected_downtime_ms']} ms")
+    return ", ".join(words)

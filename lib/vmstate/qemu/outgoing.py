@@ -1,0 +1,277 @@
+"""A guest's state on its way out of its QEMU, and the way back."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import CannotDo, Refused, Unsettled, WrongUsage
+from . import markers, userfault
+from .control import run_on
+from .monitor import Monitor
+from .settings import DEFAULT_BANDWIDTH, ON, Found, prepare
+from .state import BUSY, RUNS, Standing, look, loses_pages, patiently, version_words, wait_for
+
+# The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
+NAME = "vmstate"
+
+
+def require_live(path: str, why: str, hint: str) -> None:
+    """WrongUsage where the guest would have to be paused for its migration, and cannot be; `why`, and what helps."""
+    with Monitor(path) as monitor:
+        if look(monitor).run in RUNS and loses_pages(monitor):
+            text = f"{version_words(monitor)} without KVM loses pages that the guest at {path} writes meanwhile"
+            raise WrongUsage(f"{text}, and {why}", f"{hint}; or --live-anyway, which risks that")
+
+
+def require_sendable(monitor: Monitor, path: str) -> Standing:
+    """Where the guest stands; CannotDo where its state cannot be sent now, with QEMU's reason."""
+    standing = look(monitor)
+    if standing.moving:
+        if markers.LAZY in markers.names(monitor):
+            text = f"the guest at {path} cannot be saved or moved: its memory is still being brought from a file"
+            raise CannotDo(text, "its vm-restore ends when all is there; with --on-demand, SIGTERM has it do that")
+        hint = "vm-status shows how far it is"
+        raise CannotDo(f"the guest at {path} is migrating already ({standing.migration})", hint)
+    words = {
+        "inmigrate": ("waits for a state", f"vm-restore {path} < STATE"),
+        "postmigrate": _words_of_postmigrate(standing, path),
+        "finish-migrate": ("is in the last step of a migration", f"vm-status {path}"),
+        "internal-error": ("has stopped on an internal error of QEMU", "its state is not to be trusted"),
+    }
+    if standing.run in words:
+        said, hint = words[standing.run]
+        raise CannotDo(f"the guest at {path} {said} ({standing.run})", hint)
+    blocked = standing.info.get("blocked-reasons")
+    if blocked:
+        raise CannotDo(f"the guest at {path} cannot be saved: {'; '.join(blocked)}", "QEMU names the device in its way")
+    if not _closed(monitor.pid()):
+        text = f"the guest at {path} cannot be saved or moved: its QEMU is left with a snapshot that was lost"
+        raise CannotDo(text, "it runs on; once it can be shut down, start it in another QEMU")
+    if _without_description(monitor):
+        text = f"the guest at {path} writes states without a description (suppress-vmdesc=on)"
+        raise CannotDo(text, "the end of such a state cannot be proven")
+    return standing
+
+
+def _words_of_postmigrate(standing: Standing, path: str) -> tuple[str, str]:
+    if standing.given_away:
+        return "has given its state away and stands paused", f"vm-cont {path}, if it does not run elsewhere"
+    return "stands paused since a migration of it failed, and QEMU wants it to run before the next", f"vm-cont {path}"
+
+
+def _closed(pid: int) -> bool:
+    """Whether QEMU has closed the userfaultfd of a snapshot; True also where that cannot be seen.
+
+    QEMU 7.2 keeps that of one that was lost, and no migration comes to its end then.
+    """
+    give_up = time.monotonic() + 2
+    with contextlib.suppress(OSError):
+        while userfault.descriptors(pid):
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(0.02)
+    return True
+
+
+def _without_description(monitor: Monitor) -> bool:
+    try:
+        return bool(monitor.ask("qom-get", path="/machine", property="suppress-vmdesc"))
+    except Refused:
+        return False
+
+
+class Sending:
+    """The state of a guest on its way to our end of a socket pair.
+
+    QEMU has `return-path` on: after the last byte it waits, the guest stopped, for our word on the socket.  `give_away`
+    is the point of no return; when instead our end closes, also by our death, the guest runs on by itself.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        rate: int | None = None,
+        downtime: int | None = None,
+        on: tuple[str, ...] = ON,
+        mark: dict[str, Any] | None = None,
+        live_anyway: bool = False,
+    ) -> None:
+        """mark: facts about the move, to be left in the guest; None where its state goes into a file.
+
+        live_anyway: do not pause the guest first where a live migration may lose pages.
+        """
+        self.path = path
+        self._mark = mark
+        self._rate = rate
+        self._downtime = downtime
+        self._on = on
+        self._live_anyway = live_anyway
+        # The QEMU that made it necessary to pause the guest first, in words; None where it was not.
+        self.paused_first: str | None = None
+        self.found = Found()
+        self._stopped = False
+        self.begun = False
+        # QEMU has begun to send.
+        self.sent = False
+
+    def start(
+        self, fd: int, *, stopped: bool, watch: Callable[[], None], take: Callable[[Monitor], None] | None = None
+    ) -> None:
+        """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called.
+
+        It is stopped as well where a live migration may lose pages.  take: what belongs to the instant in which it
+        stands.  Once `begun` is true there is something for `take_back` to undo, also where this raises.
+        """
+
+        def send(monitor: Monitor) -> None:
+            if self.found.ran and not (stopped or take or self._live_anyway) and loses_pages(monitor):
+                self.paused_first = version_words(monitor)
+            if (stopped or take or self.paused_first) and self.found.ran:
+                watch()
+                self._stopped = True
+                monitor.ask("stop")
+            if take:
+                take(monitor)
+            monitor.give(NAME, fd)
+            monitor.ask("migrate", uri=f"fd:{NAME}")
+
+        self._begin(send)
+
+    def snapshot(self, fd: int, take: Callable[[Monitor], None] | None = None) -> float | None:
+        """Send the state of an instant to the socket `fd`, while the guest goes on; how long it stood, in ms.
+
+        None where it stood before.  take: what belongs to that instant, the guest being stopped for it.  CannotDo where
+        this guest, or this host, cannot do that.
+        """
+        paused: list[float] = []
+
+        def send(monitor: Monitor) -> None:
+            monitor.give(NAME, fd)
+            if take:
+                self._stopped = self.found.ran
+                monitor.ask("stop")
+                take(monitor)
+            # Before the word is given: where no answer comes, it may be sending.
+            self.sent = True
+            try:
+                monitor.ask("migrate", uri=f"fd:{NAME}")
+            except Refused:
+                self.sent = False
+                raise
+            if take and self.found.ran:
+                _run_on_once_kept(monitor)
+            if self.found.ran:
+                paused.append(_pause(monitor))
+
+        self._begin(send)
+        return paused[0] if paused else None
+
+    def move(self, uri: str, fd: int | None = None) -> None:
+        """Send to another QEMU: at `uri`, or behind the descriptor `fd`."""
+
+        def send(monitor: Monitor) -> None:
+            if fd is not None:
+                monitor.give(NAME, fd)
+            monitor.ask("migrate", uri=uri if fd is None else f"fd:{NAME}")
+
+        self._begin(send)
+
+    def _begin(self, send: Callable[[Monitor], None]) -> None:
+        with Monitor(self.path) as monitor:
+            standing = require_sendable(monitor, self.path)
+            markers.refuse(markers.read(monitor), standing.run, standing.given_away, self.path)
+            self.found.ran = standing.run in RUNS
+            self.begun = True
+            try:
+                markers.clear(monitor)
+                if self._mark is not None:
+                    markers.put(monitor, markers.MOVED, ran=self.found.ran, **self._mark)
+                prepare(monitor, self._on, self._parameters(monitor), self.found)
+                send(monitor)
+            except Refused as error:
+                raise _explained(error, self.path) from error
+
+    def _parameters(self, monitor: Monitor) -> dict[str, Any]:
+        wanted: dict[str, Any] = {}
+        if self._rate is not None:
+            wanted["max-bandwidth"] = self._rate
+        elif monitor.ask("query-migrate-parameters").get("max-bandwidth") == DEFAULT_BANDWIDTH:
+            wanted["max-bandwidth"] = 0
+        if self._downtime is not None:
+            wanted["downtime-limit"] = self._downtime
+        return wanted
+
+    def completed(self) -> Standing:
+        """After the given-away word: wait for QEMU's `completed` and put back what was found."""
+        standing = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
+        if standing.migration != "completed":
+            self.take_back()
+            said = f"'{standing.migration}': {standing.reason or 'no reason given'}"
+            raise CannotDo(f"QEMU ended the migration as {said}")
+        with contextlib.suppress(Refused):
+            patiently(self.path, self.found.put_back)
+        return standing
+
+    def take_back(self, *, doubt: bool = True) -> Standing:
+        """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again.
+
+        doubt: another QEMU may hold the guest, and ask for it later.
+        """
+        wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
+        return patiently(self.path, lambda monitor: self.taken_back(monitor, doubt=doubt))
+
+    def taken_back(self, monitor: Monitor, *, doubt: bool = True) -> Standing:
+        """The same within a conversation, once QEMU has noticed."""
+        standing = look(monitor)
+        if standing.moving or standing.given_away:
+            words = f"another migration of the guest at {self.path} has begun meanwhile ({standing.migration})"
+            raise Unsettled(words, f"vm-status {self.path}")
+        markers.keep(monitor, (self._mark or {}).get("move") if doubt else None)
+        with contextlib.suppress(Refused):
+            # Not there any more, where QEMU got as far as using it.
+            monitor.ask("closefd", fdname=NAME)
+        with contextlib.suppress(Refused):
+            self.found.put_back(monitor)
+        ours = standing.run == "postmigrate" or (standing.run == "paused" and self._stopped)
+        return run_on(monitor) if self.found.ran and ours else look(monitor)
+
+
+def _run_on_once_kept(monitor: Monitor) -> None:
+    """Let a guest run that was stopped for its snapshot, as soon as QEMU keeps its pages as they are: it has sent some.
+
+    'active' alone is too early.  Some versions let it run themselves.
+    """
+    while True:
+        standing = look(monitor)
+        ram = standing.info.get("ram", {})
+        if not standing.moving or ram.get("normal", 0) + ram.get("duplicate", 0) > 0:
+            break
+        time.sleep(0.0005)
+    if standing.migration in BUSY | {"completed"}:
+        monitor.ask("cont")
+
+
+def _pause(monitor: Monitor) -> float:
+    """From QEMU's STOP to its RESUME, in ms, by its own clock; CannotDo where the migration ends before."""
+    stopped = None
+    while True:
+        event = monitor.event(1)
+        if event is None:
+            standing = look(monitor)
+            if not standing.moving and standing.migration != "completed":
+                raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
+            continue
+        stamp = event["timestamp"]
+        at: float = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
+        if event["event"] == "STOP":
+            stopped = at
+        elif event["event"] == "RESUME" and stopped is not None:
+            return round(at - stopped, 3)
+
+
+def _explained(error: Refused, path: str) -> CannotDo:
+    if "non-migratable" in error.text or "block" in error.text.lower():
+        return CannotDo(f"the guest at {path} cannot be saved: {error.text}", "QEMU names the device in its way")
+    return error

@@ -1,0 +1,32 @@
+"""A server of pages on standard input and output, for a QEMU that was started by hand."""
+
+from ..errors import CannotDo, Damaged, Unsettled
+from ..vmz.state_file import state_of
+from .lazy import open_state
+from .page_server import Lost, PageServer, Place, Tally
+from .page_server_thread import Serving
+from .postcopy import opening_of
+
+
+def stdio(fd: int, on_demand: bool, first: list[Place]) -> Tally:
+    """For a QEMU that runs us as its `-incoming exec:`, over standard input and output."""
+    file = open_state(fd)
+    opening = opening_of(file)
+    state_of(file)
+    server = PageServer(file, opening, 0, 1, on_demand=on_demand, first=first)
+    serving = Serving(server)
+    serving.start(opening.stream())
+    error = serving.wait(server.give_up)
+    if isinstance(error, Lost):
+        if not server.tally.asked:
+            hint = "start QEMU with: -global migration.x-postcopy-ram=on"
+            raise CannotDo(f"QEMU does not take the state: {error}; its own words say why", hint) from error
+        raise Unsettled(f"the guest runs, and lacks pages: {error}", STDIO_RESUME) from error
+    if isinstance(error, Damaged):
+        raise Damaged(f"{error}; the guest stands still as soon as it needs it", STDIO_RESUME) from error
+    if error is not None:
+        raise error
+    return server.tally
+
+
+STDIO_RESUME = "with a good copy of the state: vm-restore --resume --i-am-sure GUEST < STATE.vmz"

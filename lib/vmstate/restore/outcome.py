@@ -1,0 +1,53 @@
+"""What became of a restore: the guest's state and cards, or why QEMU refused."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import Refused, VmstateError
+from ..net.nic import Nic
+from ..qemu.incoming import Waiting, refusal
+from ..qemu.launch import Process
+from ..qemu.nics import from_info_network
+from ..report import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """state: the guest's run state; saved: the one in the state; nics: its cards, empty where it does not run."""
+
+    guest: str
+    state: str
+    saved: str
+    machine: str
+    bytes: int
+    nics: list[Nic]
+
+    def values(self) -> dict[str, Any]:
+        cards = [{"mac": nic.mac, "iface": nic.iface, "addresses": list(nic.addresses)} for nic in self.nics]
+        return {**self.__dict__, "nics": cards}
+
+
+def refusal_of(waiting: Waiting, process: Process | None, error: Exception, whole: bool) -> VmstateError:
+    """Why QEMU did not take a state, in its own words where they can be had; `whole`: the state had proven its end."""
+    if process and not process.alive():
+        return refusal(process.words(), whole)
+    try:
+        if isinstance(error, Refused):
+            raise error
+        waiting.loaded()
+    except Refused as reason:
+        # From 9.1 on QEMU lives on; the details are on its stderr nevertheless.
+        details = process.words() if process else ""
+        return refusal(f"{details}; {reason.text}" if details else reason.text, whole)
+    except VmstateError:
+        pass
+    return refusal("", whole)
+
+
+def nics_of(waiting: Waiting, report: Report) -> list[Nic]:
+    """The cards; the guest runs already, and what cannot be learnt now does not change that."""
+    try:
+        return from_info_network(*waiting.nic_facts())
+    except (VmstateError, OSError) as error:
+        report.warning(f"the guest runs, but its network cards are not known: {error}")
+        return []

@@ -16,7 +16,7 @@
  *   4  status 0 means it runs over there, status 1 that it runs here, unless that QEMU was killed then: source_ends
  * A process that stands still for ever is an invalid end state, which spin reports by itself.
  *
- * Each name in an #ifdef is a mistake: with -DNAME for spin an assertion must fail (tests/unit/test_link_model.py), and
+ * Each name in an #ifdef is a mistake: with -DNAME for spin an assertion must fail (tests/unit/migrate/test_link_model.py), and
  * `spin -DNAME -t -p link.pml` then tells the story.
  */
 

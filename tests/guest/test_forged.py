@@ -1,6 +1,6 @@
 """Messages that were changed, cut or spliced, on their way to a guest that waits: it never runs.
 
-tests/unit/test_encryption.py has hundreds of them, without a guest.
+tests/unit/encrypt/test_cipher.py has hundreds of them, without a guest.
 """
 
 import os

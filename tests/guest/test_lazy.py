@@ -25,7 +25,7 @@ from vmstate.vmz.vmz_file import VmzFile
 
 from guest.judge import as_it_was, still_waits, went_on
 
-LAZILY = Path(__file__).with_name("lazily.py")
+LAZY_FAULT = Path(__file__).with_name("lazy_fault.py")
 pytestmark = pytest.mark.timeout(60)
 LINES = "52:54:00:00:00:01 -\n"
 POSTCOPY = ["-global", "migration.x-postcopy-ram=on"]
@@ -146,7 +146,7 @@ def lost(guest: Guest) -> None:
 def dies(work: Path, count: int, *words: str, state: str = "s.vmz", since: str = "b.test") -> None:
     """A vm-restore that is killed after so many bytes, counted from the moment at which the guest runs."""
     with (work / state).open("rb") as source:
-        done = run(sys.executable, LAZILY, since, count, *words, cwd=work, stdin=source)
+        done = run(sys.executable, LAZY_FAULT, since, count, *words, cwd=work, stdin=source)
     assert done.status == -signal.SIGKILL, done.err
 
 
@@ -541,7 +541,7 @@ def test_a_qemu_that_waits_itself(silent: Guest, work: Path, saved: Saved) -> No
 def test_a_rescue_that_dies_in_the_middle(silent: Guest, work: Path, saved: Saved) -> None:
     """QEMU answers then, and does not know what it was given."""
     with (work / "s.vmz").open("rb") as source:
-        done = run(sys.executable, LAZILY, "fill", 20_000, "--resume", "b.qmp", cwd=work, stdin=source)
+        done = run(sys.executable, LAZY_FAULT, "fill", 20_000, "--resume", "b.qmp", cwd=work, stdin=source)
     assert done.status == -signal.SIGKILL, done.err
     taken_up(work, silent, saved)
 
@@ -680,7 +680,7 @@ def test_a_disk_that_cannot_be_read(guests: Guests, work: Path, saved: Saved) ->
     """A place of the file gives an error: not every kernel can have a disk do that, so the system call does it."""
     guest = guests.waiting()
     with (work / "s.state").open("rb") as source:
-        done = run(sys.executable, LAZILY, "eio", 60_000_000, "--lazy", "b.qmp", cwd=work, stdin=source)
+        done = run(sys.executable, LAZY_FAULT, "eio", 60_000_000, "--lazy", "b.qmp", cwd=work, stdin=source)
     refused(
         Done(done.status, b"", done.err), 3, "of RAM block 'pc.ram' cannot be read: .*Input/output error; the guest"
     )

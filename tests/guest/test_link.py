@@ -20,7 +20,7 @@ from vmstate.migrate import link as protocol
 from guest.judge import as_it_was, same_memory, went_on
 from guest.test_migrate import MIB, migrating
 
-GATE = Path(__file__).with_name("gate.py")
+LINK_FAULT = Path(__file__).with_name("link_fault.py")
 RECEIVER = "vm-restore --commit b.qmp"
 
 
@@ -29,7 +29,7 @@ def link(command: str = RECEIVER) -> str:
 
 
 def gated(kind: str, when: str, deed: str, whom: str = "-", count: int = 1) -> str:
-    words = (sys.executable, GATE, "once", kind, count, when, deed, whom, "--")
+    words = (sys.executable, LINK_FAULT, "once", kind, count, when, deed, whom, "--")
     return link(" ".join(map(str, words)) + f" {RECEIVER}")
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit.stream.test_devices import ALL, devices, encoded
 from unit.streams import state
-from unit.test_devices import ALL, devices, encoded
 from vmstate.stream import device_values
 from vmstate.stream.device_values import Device, Field, Struct
 

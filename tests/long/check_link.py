@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Guests
-from guest.test_link import DEEDS, GATE, RECEIVER, STEPS, fault_uri, judge_fault, link, processes
+from guest.test_link import DEEDS, LINK_FAULT, RECEIVER, STEPS, fault_uri, judge_fault, link, processes
 from net.conftest import two as two
 from net.hosts import Hosts
 from net.test_link import back_and_forth
@@ -27,7 +27,7 @@ from vm import Guest
 
 SEED = int(os.environ.get("SEED") or random.randrange(10**6))
 FAULTS = int(os.environ.get("FAULTS") or 300)
-VICTIMS = ("vm-migrate", "gate.py", "vm-restore", "a", "b", "pause")
+VICTIMS = ("vm-migrate", "link_fault.py", "vm-restore", "a", "b", "pause")
 # A move of the guest of the tests takes about so long here, in seconds.
 LASTS = 2.0
 
@@ -46,7 +46,7 @@ def test_at_any_moment(guests: Guests, work: Path, number: int) -> None:
     victim, moment = chance.choice(VICTIMS), chance.uniform(0.1, LASTS)
     print(f"SEED={SEED}, number {number}: {victim} after {moment:.3f} s")
     source, there = guests.running(), guests.waiting()
-    uri = link(f"{sys.executable} {GATE} once x 1 before cut - -- {RECEIVER}")
+    uri = link(f"{sys.executable} {LINK_FAULT} once x 1 before cut - -- {RECEIVER}")
     killer = threading.Timer(moment, strike, (work, victim, source, there))
     killer.start()
     try:
@@ -63,7 +63,7 @@ def strike(work: Path, victim: str, source: Guest, there: Guest) -> None:
         if victim in ("a", "b"):
             os.kill({"a": source, "b": there}[victim].pid, signal.SIGKILL)
             return
-        for pid in processes(work, "gate.py" if victim == "pause" else victim):
+        for pid in processes(work, "link_fault.py" if victim == "pause" else victim):
             os.kill(pid, signal.SIGSTOP if victim == "pause" else signal.SIGKILL)
             if victim == "pause":
                 time.sleep(2)
@@ -76,5 +76,7 @@ def test_fifty_times_back_and_forth(guests: Guests, two: Hosts) -> None:
 
 
 def test_nothing_is_left() -> None:
-    done = subprocess.run(["pgrep", "-f", "vm-migrate|vm-restore --commit|gate.py"], capture_output=True, check=False)
+    done = subprocess.run(
+        ["pgrep", "-f", "vm-migrate|vm-restore --commit|link_fault.py"], capture_output=True, check=False
+    )
     assert not done.stdout

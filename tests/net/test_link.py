@@ -18,7 +18,7 @@ from vmstate.migrate.uri import has_aes
 from net.hosts import Client, Hosts, source_on_a, waiting_on_b
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.timeout(240)]
-GATE = Path(__file__).resolve().parents[1] / "guest/gate.py"
+LINK_FAULT = Path(__file__).resolve().parents[1] / "guest/link_fault.py"
 MAC = "52:54:00:00:00:01"
 
 
@@ -27,8 +27,8 @@ def move(two: Hosts, sshd: Path, *options: str, before: str = "") -> Done:
     return two.sh("A", f"VM_SSH='{before}ssh -F {sshd}' {words}")
 
 
-def gate(kind: str, when: str, deed: str, whom: str = "-") -> str:
-    return shlex.join([sys.executable, str(GATE), "once", kind, "1", when, deed, whom, "--"]) + " "
+def link_fault(kind: str, when: str, deed: str, whom: str = "-") -> str:
+    return shlex.join([sys.executable, str(LINK_FAULT), "once", kind, "1", when, deed, whom, "--"]) + " "
 
 
 def test_the_connection_lives(guests: Guests, two: Hosts, sshd: Path) -> None:
@@ -122,15 +122,15 @@ def test_the_network_goes_away(guests: Guests, two: Hosts, sshd: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "who"), [("D", "ssh"), ("L", "sshd"), ("G", "ssh")])
 def test_ssh_dies(guests: Guests, two: Hosts, sshd: Path, who: str, kind: str) -> None:
-    """The client is the child of the gate; the server's process of this connection ends with its descriptor."""
+    """The client is the child of link_fault.py; the server's process of this connection ends with its descriptor."""
     source, there = source_on_a(guests, two), waiting_on_b(guests, two)
     client = Client(two)
     if who == "ssh":
-        done = move(two, sshd, "--timeout-commit", "5", before=gate(kind, "after", "kill", "receiver"))
+        done = move(two, sshd, "--timeout-commit", "5", before=link_fault(kind, "after", "kill", "receiver"))
     else:
         sessions = "pkill -KILL -f 'sshd: root@notty'"
         two.background("B", f"until [ -e {two.folder}/once ]; do sleep 0.02; done; {sessions}")
-        done = move(two, sshd, "--timeout-commit", "5", before=gate(kind, "after", "pause", "1"))
+        done = move(two, sshd, "--timeout-commit", "5", before=link_fault(kind, "after", "pause", "1"))
     running = [guest for guest in (source, there) if runs(guest)]
     assert len(running) == 1, (source.status(), there.status(), done.err)
     assert (done.status, running[0]) in ((0, there), (1, source)), done.err
@@ -186,7 +186,7 @@ def test_a_disk_of_one_taken_back(guests: Guests, two: Hosts, sshd: Path, disk: 
     more = with_disk(disk, kind)
     source = guests.booted("a", qemu=two.qemu("A"), **more)
     there = guests.waiting("b", qemu=two.qemu("B"), **more)
-    done = move(two, sshd, before=gate("L", "before", "cut"))
+    done = move(two, sshd, before=link_fault("L", "before", "cut"))
     assert done.status == 1, done.err
     until(lambda: there.status() == "paused", 10, "loaded", lambda: f"{there.status()} {done.err} {there.stderr()}")
     as_it_was(source)
@@ -202,7 +202,7 @@ def test_a_disk_locked_by_another(guests: Guests, two: Hosts, sshd: Path, disk: 
     """Granted, but it cannot run: the way out is printed, and works once the lock is gone."""
     source = guests.booted("a", qemu=two.qemu("A"), disk=disk)
     there = guests.waiting("b", qemu=two.qemu("B"), disk=disk)
-    before, uri = gate("G", "before", "pause", "6"), f"ssh://hostb{two.folder}/b.qmp"
+    before, uri = link_fault("G", "before", "pause", "6"), f"ssh://hostb{two.folder}/b.qmp"
     ssh = f"VM_SSH={shlex.quote(f'{before}ssh -F {sshd}')}"
     moving = two.background("A", f"{ssh} vm-migrate --downtime 300 --timeout-commit 1 a.qmp {uri} 2> words")
     until(lambda: source.status() == "postmigrate", 30, "given away")
@@ -240,7 +240,7 @@ def test_the_guest_keeps_its_time(guests: Guests, two: Hosts, sshd: Path) -> Non
     there = guests.waiting("b", qemu=two.qemu("B"), agent=True)
     source.wait_count(3)
     # Slow, so that the guest stands still for long enough to tell.
-    done = move(two, sshd, "--clock", before=gate("L", "before", "pause", "3"))
+    done = move(two, sshd, "--clock", before=link_fault("L", "before", "pause", "3"))
     assert (done.status, done.err) == (0, "")
     there.wait_count((source.count() or 0) + 5)
     times = [*source.uptimes(), *there.uptimes()]

@@ -25,7 +25,7 @@ from vmstate.vmz.vmz_file import VmzFile
 
 from unit.packed import kept, pack
 from unit.streams import GOOD, Pieces, state
-from unit.test_vmz_format import Places as Walk
+from unit.vmz.test_format_by_document import Places as Walk
 
 PAGE = 4096
 NONE = memoryview(b"")

@@ -1,6 +1,6 @@
 """Stands in the link between vm-migrate and vm-restore --commit, and at one frame does something to somebody.
 
-    link:python gate.py ONCE KIND COUNT before|after|later DEED PID -- COMMAND
+    link:python link_fault.py ONCE KIND COUNT before|after|later DEED PID -- COMMAND
 
 At the COUNTth frame of KIND (as in docs/link.md), before or after it is passed on (later: a second), DEED is done:
 `kill` (SIGKILL to PID, which is a number, `source` for vm-migrate or `receiver` for COMMAND), `end` (the same, and the
@@ -19,7 +19,7 @@ from pathlib import Path
 SIZE = 16
 
 
-class Gate:
+class Fault:
     def __init__(self, arguments: list[str]) -> None:
         once, self.kind, count, self.when, self.deed, self.whom = arguments[:6]
         self.once, self.count = Path(once), int(count)
@@ -95,4 +95,4 @@ def write(fd: int, data: bytearray) -> None:
 
 
 if __name__ == "__main__":
-    Gate(sys.argv[1:]).run()
+    Fault(sys.argv[1:]).run()

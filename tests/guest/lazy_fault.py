@@ -1,6 +1,6 @@
 """vm-restore with a death in it: after COUNT bytes of its channel the process kills itself.
 
-    lazily.py MONITOR COUNT ARGUMENT...
+    lazy_fault.py MONITOR COUNT ARGUMENT...
 
 They are counted from the moment at which the guest runs, as its second monitor has it; with `-` for MONITOR from the
 end of the devices on, backwards where COUNT is negative.  With `fill` it is pages that are counted, put in from

@@ -18,7 +18,7 @@ MEMORY = 256
 
 @pytest.mark.timeout(max(180, COUNT // 50))
 def test_mutations() -> None:
-    done = run(sys.executable, "-m", "unit.mutate", str(COUNT), cwd=Path(__file__).parent.parent, timeout=3600)
+    done = run(sys.executable, "-m", "unit.mutate", str(COUNT), cwd=Path(__file__).parents[2], timeout=3600)
     assert done.status == 0, done.err
     found = json.loads(done.out)
     assert not found["failed"], found

@@ -15,7 +15,7 @@ from guest.test_link import FEW_ROUNDS, runs
 from vm import disk_counts, fsck, until
 from vmstate.migrate.uri import has_aes
 
-from net.hosts import Client, Hosts, source_on_a, waiting_on_b
+from net.hosts import GUEST, Client, Hosts, source_on_a, waiting_on_b
 
 pytestmark = [pytest.mark.root, pytest.mark.guest, pytest.mark.timeout(240)]
 LINK_FAULT = Path(__file__).resolve().parents[1] / "guest/link_fault.py"
@@ -68,6 +68,26 @@ def test_an_announcement_that_fails_is_a_warning(guests: Guests, two: Hosts, ssh
     assert done.status == 0, done.err
     assert "the guest runs, but was not announced in the network" in done.err
     went_on(source.count() or 0, there)
+
+
+def test_it_is_announced_as_by_vm_announce(guests: Guests, two: Hosts, sshd: Path, work: Path) -> None:
+    """With what its agent knows, and the frames are seen to leave; -v of the receiver says so."""
+    agent = {"agent": True, "append": f"ip={GUEST}/24"}
+    source = guests.booted("a", qemu=two.qemu("A"), net=two.tap(), **agent)
+    there = guests.waiting("b", qemu=two.qemu("B"), net=two.tap(), **agent)
+    capture = two.background("B", "exec tcpdump -U -i eth0 -w announced.pcap arp 2> tcpdump.err")
+    words = work / "tcpdump.err"
+    until(lambda: words.exists() and "listening" in words.read_text(), 20, "tcpdump listens")
+    command = f"ssh -F {sshd} hostb vm-restore -v --commit {two.folder}/b.qmp"
+    done = two.sh("A", shlex.join(["vm-migrate", *FEW_ROUNDS, "a.qmp", f"link:{command}"]))
+    assert done.status == 0, done.err
+    went_on(source.count() or 0, there)
+    assert f"{MAC} is announced on br0, the bridge of tap0" in done.err
+    assert re.search(rf"{MAC}: \d+ frames have left br0", done.err), done.err
+    capture.send_signal(signal.SIGINT)
+    capture.wait(10)
+    seen = two.sh("B", f"tcpdump -n -e -r announced.pcap 2> /dev/null | grep '{MAC} > ff:ff' | grep -c '{GUEST}'")
+    assert int(seen.text) >= 5, done.err
 
 
 def test_unless_told_not_to(guests: Guests, two: Hosts, sshd: Path) -> None:

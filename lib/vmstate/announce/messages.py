@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import CannotDo, Damaged
+from ..errors import CannotDo, Damaged, VmstateError
 from ..net.egress import Target, lower_of
 from ..report import Report
 from .announcer import Bad, Happening, Heard, Nowhere, Placed
@@ -20,17 +20,25 @@ MOST = 20
 class Teller:
     """`status` is that of the command so far.  say: for what has been asked for; until_heard: whether that has been.
 
-    at_once: the warnings that are otherwise put together at the end.
+    at_once: the warnings that are otherwise put together at the end.  fail: for a card or line that cannot be
+    announced, as an error unless told.
     """
 
     def __init__(
-        self, report: Report, say: Callable[[str], Any], *, until_heard: bool = False, at_once: bool = False
+        self,
+        report: Report,
+        say: Callable[[str], Any],
+        *,
+        until_heard: bool = False,
+        at_once: bool = False,
+        fail: Callable[[VmstateError], Any] | None = None,
     ) -> None:
         self.status = 0
         self._report = report
         self._say = say
         self._until_heard = until_heard
         self._at_once = at_once
+        self._report_failure = fail or report.error
         self._times: Counter[str] = Counter()
         self._unsteered: dict[Target, str] = {}
         self._heard: set[Item] = set()
@@ -69,7 +77,7 @@ class Teller:
         self.status = max(self.status, error.status)
         self._times[what] += 1
         if self._times[what] <= MOST:
-            self._report.error(error)
+            self._report_failure(error)
 
     def _nowhere(self, what: Nowhere) -> None:
         if what.error is None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..net.egress import Target, send
+from ..net.egress import send
 from ..net.frames import Frame, of_addresses, of_card
 from ..net.sniffer import Ear
 from .lookup import Found
@@ -185,25 +185,3 @@ def schedule(initial: int = 50, maximum: int = 550, rounds: int = 5, step: int =
 def wait_behind(number: int, initial: int, maximum: int, step: int) -> int:
     """The wait in ms behind a round, counted from 0."""
     return min(initial + number * step, maximum)
-
-
-class Failure(NamedTuple):
-    """A card that a round (counted from 1) could not announce."""
-
-    round: int
-    target: Target
-    reason: str
-
-
-def announce(sender: socket.socket, targets: Sequence[Target], moments: Sequence[int]) -> Iterator[Failure]:
-    """Send every card's frames at each of the moments (ms from now); one card's failure keeps no other back."""
-    prepared = [(place, of_card(place.nic.mac, place.nic.addresses)) for place in targets]
-    start = time.monotonic()
-    for number, moment in enumerate(moments, 1):
-        time.sleep(max(0.0, start + moment / 1000 - time.monotonic()))
-        for place, parts in prepared:
-            try:
-                for frame in parts:
-                    send(sender, place, frame.data)
-            except OSError as error:
-                yield Failure(number, place, error.strerror or str(error))

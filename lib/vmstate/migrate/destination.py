@@ -346,17 +346,23 @@ class Taking:
         """An announcement that fails is a warning: the guest runs."""
         if state != "running" or not self._may_announce:
             return
-        from ..announce import rounds
-        from ..net import egress
+        from ..announce.announcer import Announcer
+        from ..announce.announcer import Plan as AnnouncePlan
+        from ..announce.messages import Teller
+        from ..announce.rounds import schedule
 
-        try:
-            cards = [egress.target(nic) for nic in nics_of(self._waiting, self._report) if nic.iface]
-            if not cards:
-                return
-            with egress.packet_socket() as sender:
-                for card in cards:
-                    egress.steer(card)
-                for failure in rounds.announce(sender, cards, rounds.schedule()):
-                    self._report.warning(f"{failure.target.nic.mac} was not announced: {failure.reason}")
-        except (VmstateError, OSError) as error:
+        def fail(error: VmstateError) -> None:
             self._report.warning(f"the guest runs, but was not announced in the network: {error}")
+
+        cards = [nic for nic in nics_of(self._waiting, self._report) if nic.iface]
+        if not cards:
+            return
+        teller = Teller(self._report, self._report.note, fail=fail)
+        try:
+            for happening in Announcer(AnnouncePlan(schedule(), guest=self._path)).run(cards):
+                teller.tell(happening)
+            teller.end()
+        except VmstateError as error:
+            fail(error)
+        except OSError as error:
+            fail(CannotDo(error.strerror or str(error)))

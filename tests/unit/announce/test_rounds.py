@@ -1,9 +1,12 @@
-"""The rounds in one go: their moments, and what one card's failure is to the others."""
+"""The rounds: their moments, and what one card's failure is to the others."""
+
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.announce import rounds as announce_rounds
+from vmstate.announce.lookup import Found
 from vmstate.net import egress
 from vmstate.net.nic import Nic
 
@@ -50,27 +53,37 @@ class Sender:
         self.sent.append((place, frame))
 
 
+def item(iface):
+    return announce_rounds.Item(Found(egress.Target(Nic(MAC, iface), iface), {None: "the line"}))
+
+
 def test_one_that_fails_keeps_no_other_back():
-    good, bad = egress.Target(Nic(MAC, "good"), "good"), egress.Target(Nic(MAC, "bad"), "bad")
+    good, bad = item("good"), item("bad")
     sender = Sender()
-    failures = list(announce_rounds.announce(sender, [bad, good], [0, 1]))
-    assert failures == [announce_rounds.Failure(number, bad, "Network is down") for number in (1, 2)]
+    rounds = announce_rounds.Rounds(sender, [0, 1])
+    events = [*rounds.start(bad), *rounds.start(good)]
+    while (wait := rounds.wait()) is not None:
+        time.sleep(wait)
+        events += rounds.due()
+    missed = [event for event in events if isinstance(event, announce_rounds.Missed)]
+    assert missed == [announce_rounds.Missed(bad, number, "Network is down") for number in (1, 2)]
     assert sender.sent == [(("good", 0x8035), bytes.fromhex(RARP))] * 2
+    assert (bad.failed, good.failed, good.done, good.sent) == (True, False, 2, 2)
 
 
 def test_moments_do_not_drift(monkeypatch):
     """A round that takes long shortens the wait behind it."""
     now, waits = [1000.0], []
 
-    def sleep(seconds):
-        waits.append(round(seconds, 6))
-        now[0] += seconds
-
     class Slow(Sender):
         def sendto(self, frame, place):
             now[0] += 0.020
 
     monkeypatch.setattr(announce_rounds.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(announce_rounds.time, "sleep", sleep)
-    assert not list(announce_rounds.announce(Slow(), [egress.Target(Nic(MAC, "x"), "x")], [0, 50, 60, 200]))
-    assert waits == [0, 0.030, 0, 0.110]
+    rounds = announce_rounds.Rounds(Slow(), [0, 50, 60, 200])
+    list(rounds.start(item("x")))
+    while (wait := rounds.wait()) is not None:
+        waits.append(round(wait, 6))
+        now[0] += wait
+        list(rounds.due())
+    assert waits == [0.030, 0.110]

@@ -22,7 +22,7 @@ from typing import Any
 from measure import DEADLINE, pipeline
 from vm import Guest, Qmp, default_qemu, image
 from vmstate.io.descriptors import HOLD
-from vmstate.stream.description import End, judge_end
+from vmstate.stream.description import End, validate_end
 
 MIB = 1 << 20
 # In memory, so that no disk is measured; where there is no room, wherever temporary files go.
@@ -283,7 +283,7 @@ def judge_state(path: Path, decode: list[str] | None = None) -> tuple[int, End]:
         if not decode:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - HOLD))
-            return size, judge_end(file.read())
+            return size, validate_end(file.read())
         child = subprocess.Popen(decode, stdin=file, stdout=subprocess.PIPE)
         assert child.stdout
         size, last = 0, b""
@@ -291,7 +291,7 @@ def judge_state(path: Path, decode: list[str] | None = None) -> tuple[int, End]:
             size, last = size + len(data), (last + data)[-2 * MIB :]
         if child.wait(60):
             raise RuntimeError(f"{decode!r} ended with {child.returncode}")
-        return size, judge_end(last)
+        return size, validate_end(last)
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ def release_signals() -> None:
     """Raises Stopped where a signal has been waiting."""
     _Held.held = False
     if _Held.waiting is not None:
-        _stop(_Held.waiting, None)
+        stop_on_signal(_Held.waiting, None)
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def signals_wait() -> Iterator[None]:
         release_signals()
 
 
-def _stop(number: int, _frame: object) -> None:
+def stop_on_signal(number: int, _frame: object) -> None:
     if _Held.held:
         _Held.waiting = number
         return

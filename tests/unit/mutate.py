@@ -42,7 +42,7 @@ from vmstate.stream.records import (
     Section,
     Start,
 )
-from vmstate.stream.validate import judge
+from vmstate.stream.validate import validate
 from vmstate.stream.writer import encode
 
 from unit.streams import Pieces, state
@@ -104,7 +104,7 @@ class Anatomy:
 @functools.cache
 def anatomy(name: str) -> Anatomy:
     data = state(name)
-    judged = judge(Pieces(data))
+    judged = validate(Pieces(data))
     once = all(page_map.covered == page_map.pages and not page_map.again for page_map in judged.maps.values())
     records, pages = [], {}
     for record in StateReader(Pieces(data)):
@@ -355,7 +355,7 @@ def verdict(made: Change, deep: bool) -> tuple[str, str]:
     sink = bytearray()
     signal.setitimer(signal.ITIMER_REAL, DEADLINE)
     try:
-        judge(Pieces(made.data), sink.extend)
+        validate(Pieces(made.data), sink.extend)
         if made.strict:
             return "accepted", "had to be refused"
         if sink != made.data:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import CannotDo, Damaged
-from ..net.egress import Places, Target, packet_socket, steer
+from ..net.egress import Egress, EgressFinder, packet_socket, steer
 from ..net.frames import packed
 from ..net.nic import Nic, announceable
-from ..net.sniffer import Ear, Seen, address_told, is_for
-from .lookup import LINE, QEMU, TRAFFIC, Finder, Found, Silent
+from ..net.sniffer import Seen, Sniffer, address_told, is_for
+from .lookup import LINE, QEMU, TRAFFIC, Candidate, Lookup, Silent
 from .nic_input import Lines
 from .rounds import Event, Item, Rounds
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .guest_query import Told
 
 
-class Plan(NamedTuple):
+class AnnouncePlan(NamedTuple):
     """moments: of the rounds in ms; grace: how long an answer to the last one is waited for, in ms.
 
     tags: VLANs of every frame, from the outermost; given: the interface to send on whatever the lines say; guest: a QMP
@@ -80,19 +80,19 @@ class Announcer:
     items: what a dry run would have sent.
     """
 
-    def __init__(self, plan: Plan, told: "Told | None" = None) -> None:
+    def __init__(self, plan: AnnouncePlan, told: "Told | None" = None) -> None:
         self.items: list[Item] = []
         self._plan = plan
         self._origin = QEMU if told else LINE
-        self._places = Places(plan.given)
+        self._egress_finder = EgressFinder(plan.given)
         self._rounds: Rounds | None = None
-        self._finder = Finder(plan.guest, told) if plan.look_up else None
-        self._new: list[Target] = []
+        self._lookup = Lookup(plan.guest, told) if plan.look_up else None
+        self._new: list[Egress] = []
         self._known: dict[Card, set[str]] = {}
         # By interface, and there by MAC
-        self._ears: dict[str, Ear] = {}
+        self._sniffers: dict[str, Sniffer] = {}
         self._wanted: dict[tuple[str, bytes], list[Item]] = {}
-        self._learners: dict[tuple[str, bytes], tuple[float, Target]] = {}
+        self._learners: dict[tuple[str, bytes], tuple[float, Egress]] = {}
 
     def run(self, cards: Iterable[Nic | Damaged] = (), lines: Lines | None = None) -> Iterator[Happening]:
         yield from self._take(cards)
@@ -109,23 +109,23 @@ class Announcer:
         now = time.monotonic()
         self._learners = {key: entry for key, entry in self._learners.items() if entry[0] > now}
         pending = self._rounds is not None and self._rounds.wait() is not None
-        looking = self._finder is not None and self._finder.jobs > 0
+        looking = self._lookup is not None and self._lookup.jobs > 0
         return bool((lines and lines.open) or pending or looking or self._learners)
 
     def _wait(self, lines: Lines | None) -> Iterator[Happening]:
         poll = select.poll()
-        ears = {ear.fileno(): ear for ear in self._needed_ears()}
-        watched = [*ears, *([lines.fd] if lines and lines.open else [])]
-        for fd in [*watched, *([self._finder.fileno()] if self._finder else [])]:
+        sniffers = {sniffer.fileno(): sniffer for sniffer in self._needed_sniffers()}
+        watched = [*sniffers, *([lines.fd] if lines and lines.open else [])]
+        for fd in [*watched, *([self._lookup.fileno()] if self._lookup else [])]:
             poll.register(fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(self._patience())]
         if lines and lines.open and lines.fd in ready:
             yield from self._take(lines.read())
-        if self._finder and self._finder.fileno() in ready:
-            yield from self._use(self._finder.take())
-        for ear in [ears[fd] for fd in ready if fd in ears]:
-            for seen in ear.frames():
-                yield from self._hear(ear.iface, seen)
+        if self._lookup and self._lookup.fileno() in ready:
+            yield from self._use(self._lookup.take())
+        for sniffer in [sniffers[fd] for fd in ready if fd in sniffers]:
+            for seen in sniffer.frames():
+                yield from self._hear(sniffer.iface, seen)
 
     def _patience(self) -> float | None:
         """Milliseconds."""
@@ -147,7 +147,7 @@ class Announcer:
 
     def _announce(self, nic: Nic) -> Iterator[Happening]:
         try:
-            place = self._places.of(nic)
+            place = self._egress_finder.of(nic)
         except CannotDo as error:
             yield Nowhere(nic, error)
             return
@@ -155,25 +155,25 @@ class Announcer:
             self._known.pop(_card(place, self._plan.tags), None)
         if self._plan.learn:
             self._learners[place.own, packed(nic.mac)] = (time.monotonic() + self._plan.learn, place)
-            yield from self._open_ear(place.own)
+            yield from self._open_sniffer(place.own)
         why: dict[str | None, str] = {None: self._origin, **dict.fromkeys(nic.addresses, self._origin)}
-        yield from self._start(Found(place, why, self._plan.tags))
+        yield from self._start(Candidate(place, why, self._plan.tags))
         self._new.append(place)
 
-    def _start(self, found: Found) -> Iterator[Happening]:
+    def _start(self, candidate: Candidate) -> Iterator[Happening]:
         """The first round of what is not announced yet."""
-        key = _card(found.place, found.tags)
+        key = _card(candidate.place, candidate.tags)
         known = self._known.get(key)
-        addresses = {ip: source for ip, source in found.why.items() if ip and ip not in (known or ())}
-        fresh = known is None and None in found.why
+        addresses = {ip: source for ip, source in candidate.why.items() if ip and ip not in (known or ())}
+        fresh = known is None and None in candidate.why
         if not (fresh or addresses):
             return
         self._known.setdefault(key, set()).update(addresses)
         why: dict[str | None, str] = {}
         why.update(addresses)
         if fresh:
-            why[None] = found.why[None]
-        item = Item(Found(found.place, why, found.tags, fresh))
+            why[None] = candidate.why[None]
+        item = Item(Candidate(candidate.place, why, candidate.tags, fresh))
         if self._plan.dry:
             self.items.append(item)
         else:
@@ -183,17 +183,17 @@ class Announcer:
         if not self._rounds:
             self._rounds = Rounds(packet_socket(), self._plan.moments, grace=self._plan.grace, each=self._plan.each)
         if self._plan.until_heard:
-            yield from self._open_ear(item.place.own)
+            yield from self._open_sniffer(item.place.own)
             self._wanted.setdefault((item.place.own, packed(item.mac)), []).append(item)
         yield from self._rounds.start(item)
         yield Placed(item, unsteered)
 
     def _look_up(self) -> None:
-        if self._finder and self._new:
-            self._finder.look(self._new)
+        if self._lookup and self._new:
+            self._lookup.look(self._new)
         self._new = []
 
-    def _use(self, found: list[Found] | Silent) -> Iterator[Happening]:
+    def _use(self, found: list[Candidate] | Silent) -> Iterator[Happening]:
         if isinstance(found, Silent):
             yield found
             return
@@ -204,17 +204,17 @@ class Announcer:
 
     # what is heard
 
-    def _needed_ears(self) -> list[Ear]:
+    def _needed_sniffers(self) -> list[Sniffer]:
         self._wanted = {key: left for key, items in self._wanted.items() if (left := [i for i in items if not i.ended])}
         needed = {iface for iface, _ in (*self._wanted, *self._learners)}
-        for iface in [iface for iface in self._ears if iface not in needed]:
-            self._ears.pop(iface).close()
-        return list(self._ears.values())
+        for iface in [iface for iface in self._sniffers if iface not in needed]:
+            self._sniffers.pop(iface).close()
+        return list(self._sniffers.values())
 
-    def _open_ear(self, iface: str) -> Iterator[Happening]:
-        if iface not in self._ears:
+    def _open_sniffer(self, iface: str) -> Iterator[Happening]:
+        if iface not in self._sniffers:
             try:
-                self._ears[iface] = Ear(iface)
+                self._sniffers[iface] = Sniffer(iface)
             except OSError as error:
                 yield Silent(f"nothing can be heard on {iface}: {error.strerror or error}")
 
@@ -230,8 +230,8 @@ class Announcer:
             if address and announceable(address):
                 why[address] = TRAFFIC
             if len(why) > 1 or seen.tags:
-                yield from self._start(Found(place, why, seen.tags or self._plan.tags))
+                yield from self._start(Candidate(place, why, seen.tags or self._plan.tags))
 
 
-def _card(place: Target, tags: tuple[int, ...]) -> Card:
+def _card(place: Egress, tags: tuple[int, ...]) -> Card:
     return place.iface, place.nic.mac, tags

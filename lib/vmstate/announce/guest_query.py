@@ -42,10 +42,10 @@ def ask(path: str) -> Told:
 
 def _require_here(monitor: Monitor, path: str) -> str:
     """The run state; CannotDo where the guest was moved away: its frames would go to where it no longer is."""
-    standing = state.look(monitor)
-    if standing.given_away:
+    guest_state = state.query(monitor)
+    if guest_state.given_away:
         raise CannotDo(f"the guest at {path} was moved away, and is to be announced where it runs", f"vm-status {path}")
-    return standing.run
+    return guest_state.run
 
 
 def _filters(monitor: Monitor) -> list[dict[str, Any]]:

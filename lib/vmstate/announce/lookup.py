@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import VmstateError
 from ..net import neighbours as net_neighbours
-from ..net.egress import Target
+from ..net.egress import Egress
 
 if TYPE_CHECKING:
     from .guest_query import Told
@@ -20,13 +20,13 @@ LINE, QEMU, AGENT, NEIGHBOURS = "the line", "QEMU", "the guest's agent", "the ho
 FILTER, FORWARDING, TRAFFIC = "QEMU's filter of the card", "the bridge's forwarding table", "the card's own traffic"
 
 
-class Found(NamedTuple):
+class Candidate(NamedTuple):
     """A card as it is to be announced: `why` has the source of each address, and of the card itself under None.
 
     fresh: the card itself is announced by this as well, and not only addresses of one that is.
     """
 
-    place: Target
+    place: Egress
     why: Mapping[str | None, str]
     tags: tuple[int, ...] = ()
     fresh: bool = True
@@ -39,7 +39,7 @@ class Silent(NamedTuple):
     serious: bool = True
 
 
-class Finder:
+class Lookup:
     """Looks up in a thread, one job at a time; `fileno` is readable when `take` has something.
 
     guest: the QMP socket to ask, if any; told: what it has told already.
@@ -48,21 +48,21 @@ class Finder:
     def __init__(self, guest: str | None = None, told: "Told | None" = None) -> None:
         self._guest = guest
         self._told = told
-        self._waiting: deque[Sequence[Target]] = deque()
-        self._done: deque[list[Found] | Silent] = deque()
+        self._waiting: deque[Sequence[Egress]] = deque()
+        self._done: deque[list[Candidate] | Silent] = deque()
         self._wake, self._waker = os.pipe()
         self.jobs = 0
 
     def fileno(self) -> int:
         return self._wake
 
-    def look(self, places: Sequence[Target]) -> None:
+    def look(self, places: Sequence[Egress]) -> None:
         self.jobs += 1
         self._waiting.append(places)
         if self.jobs == 1:
             self._start()
 
-    def take(self) -> list[Found] | Silent:
+    def take(self) -> list[Candidate] | Silent:
         """What was found; or that somebody tells nothing.  Waits where nothing was found yet."""
         os.read(self._wake, 1)
         found = self._done.popleft()
@@ -78,8 +78,8 @@ class Finder:
 
         Thread(target=self._work, args=(self._waiting.popleft(),), daemon=True).start()
 
-    def _work(self, places: Sequence[Target]) -> None:
-        found: list[Found] = []
+    def _work(self, places: Sequence[Egress]) -> None:
+        found: list[Candidate] = []
         try:
             found = list(find(places, self._ask()))
         except (OSError, ValueError) as error:
@@ -88,7 +88,7 @@ class Finder:
             # Whatever happened: somebody waits for it.
             self._put(found)
 
-    def _put(self, what: "list[Found] | Silent") -> None:
+    def _put(self, what: "list[Candidate] | Silent") -> None:
         self._done.append(what)
         os.write(self._waker, b"\0")
 
@@ -108,7 +108,7 @@ class Finder:
         return self._told
 
 
-def find(places: Sequence[Target], told: "Told | None") -> Iterator[Found]:
+def find(places: Sequence[Egress], told: "Told | None") -> Iterator[Candidate]:
     """What there is beyond the lines."""
     neighbours = net_neighbours.neighbours()
     learned = net_neighbours.learned() if any(place.tap for place in places) else {}
@@ -117,16 +117,16 @@ def find(places: Sequence[Target], told: "Told | None") -> Iterator[Found]:
         mac = place.nic.mac
         sources = ((AGENT, told.addresses if told else {}), (NEIGHBOURS, neighbours))
         if more := further(place.nic.addresses, [(why, known.get(mac, ())) for why, known in sources]):
-            yield Found(place, dict(more), fresh=False)
+            yield Candidate(place, dict(more), fresh=False)
         others = dict.fromkeys(learned.get(place.tap or "", ()), FORWARDING)
         others |= dict.fromkeys(told.further.get(mac, ()), FILTER) if told else {}
         for other, why in others.items():
             if other not in ours:
                 ours.add(other)
                 there = further((), [(name, known.get(other, ())) for name, known in sources])
-                yield Found(place._replace(nic=place.nic._replace(mac=other, addresses=())), {None: why, **there})
+                yield Candidate(place._replace(nic=place.nic._replace(mac=other, addresses=())), {None: why, **there})
         for vlan in told.vlans.get(mac, ()) if told else ():
-            yield Found(place, {None: FILTER}, (vlan,))
+            yield Candidate(place, {None: FILTER}, (vlan,))
 
 
 def further(known: Sequence[str], sources: Sequence[tuple[str, Sequence[str]]]) -> dict[str | None, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import CannotDo, Damaged, VmstateError
-from ..net.egress import Target, lower_of
+from ..net.egress import Egress, lower_of
 from ..report import Report
 from .announcer import Bad, Happening, Heard, Nowhere, Placed
 from .lookup import Silent
@@ -17,7 +17,7 @@ FORMS = {"rarp": "RARP", "arp-request": "ARP", "advertisement": "ND"}
 MOST = 20
 
 
-class Teller:
+class Narrator:
     """`status` is that of the command so far.  say: for what has been asked for; until_heard: whether that has been.
 
     at_once: the warnings that are otherwise put together at the end.  fail: for a card or line that cannot be
@@ -40,7 +40,7 @@ class Teller:
         self._at_once = at_once
         self._report_failure = fail or report.error
         self._times: Counter[str] = Counter()
-        self._unsteered: dict[Target, str] = {}
+        self._unsteered: dict[Egress, str] = {}
         self._heard: set[Item] = set()
         self._missed: Counter[tuple[str, str]] = Counter()
 

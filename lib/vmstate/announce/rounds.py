@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..net.egress import send
-from ..net.frames import Frame, of_addresses, of_card
-from ..net.sniffer import Ear
-from .lookup import Found
+from ..net.frames import EthernetFrame, of_addresses, of_card
+from ..net.sniffer import Sniffer
+from .lookup import Candidate
 
 
 class Item:
@@ -20,10 +20,10 @@ class Item:
     left: None where that could not be seen.
     """
 
-    def __init__(self, found: Found) -> None:
-        self.place, self.why, self.tags = found.place, found.why, found.tags
-        addresses = [address for address in found.why if address is not None]
-        make = of_card if found.fresh else of_addresses
+    def __init__(self, candidate: Candidate) -> None:
+        self.place, self.why, self.tags = candidate.place, candidate.why, candidate.tags
+        addresses = [address for address in candidate.why if address is not None]
+        make = of_card if candidate.fresh else of_addresses
         self.frames = make(self.place.nic.mac, addresses, self.tags)
         self.addresses = tuple(addresses)
         self.start = 0.0
@@ -42,7 +42,7 @@ class Sent(NamedTuple):
     """ms: since the card's first round."""
 
     item: Item
-    frame: Frame
+    frame: EthernetFrame
     round: int
     ms: float
 
@@ -132,7 +132,7 @@ class Witnesses:
     """Sees our frames leave: a second packet socket on each interface gets what is handed to its driver."""
 
     def __init__(self) -> None:
-        self._ears: dict[str, Ear | None] = {}
+        self._sniffers: dict[str, Sniffer | None] = {}
         self._seen: Counter[tuple[str, bytes]] = Counter()
         self._expected: Counter[tuple[str, bytes]] = Counter()
 
@@ -141,17 +141,17 @@ class Witnesses:
         if item.place.switched:
             # They leave by ports of the switch, not by this interface.
             return
-        ear = self._ears.get(iface)
-        if not ear or not ear.is_there():
+        sniffer = self._sniffers.get(iface)
+        if not sniffer or not sniffer.is_there():
             try:
-                self._ears[iface] = Ear(iface, all=False)
+                self._sniffers[iface] = Sniffer(iface, all=False)
             except OSError:
-                self._ears[iface] = None
+                self._sniffers[iface] = None
         self._expected.update((iface, frame.data) for frame in item.frames)
 
     def look(self, iface: str) -> None:
-        ear = self._ears.get(iface)
-        for data in ear.raw() if ear else ():
+        sniffer = self._sniffers.get(iface)
+        for data in sniffer.raw() if sniffer else ():
             if (iface, data) in self._expected:
                 self._seen[iface, data] += 1
 
@@ -171,7 +171,7 @@ class Witnesses:
             self._expected[key] -= 1
             if not self._expected[key]:
                 del self._expected[key], self._seen[key]
-        return None if self._ears.get(iface) is None else total
+        return None if self._sniffers.get(iface) is None else total
 
 
 def schedule(initial: int = 50, maximum: int = 550, rounds: int = 5, step: int = 100) -> list[int]:

@@ -65,9 +65,11 @@ def commit(path: str, name: str) -> None:
     """Take the point in time of the manifest `name` away from the disks of a running guest: there is no way back to it
     then.  CannotDo where the guest does not write right above it, or another one was made of it."""
     found = manifest.read(name)
-    standing = state.glance(path)
-    if standing.moving or standing.run not in ("running", "suspended"):
-        text = f"the guest at {path} does not run ('{standing.run}', {standing.migration}): its disks are left alone"
+    guest_state = state.query_once(path)
+    if guest_state.moving or guest_state.run not in ("running", "suspended"):
+        text = (
+            f"the guest at {path} does not run ('{guest_state.run}', {guest_state.migration}): its disks are left alone"
+        )
         raise CannotDo(text, f"vm-cont {path}")
     # What was taken away by a call that came to an end too early is not there any more.
     work = [
@@ -104,6 +106,6 @@ def _dropping(path: str, tag: str, disk: manifest.Entry) -> Callable[[], None]:
         if disk.image not in there:
             raise CannotDo(f"the guest at {path} does not write into {disk.image}")
         if tag in there[disk.image].snapshots:
-            state.patiently(path, lambda monitor: drop(monitor, there[disk.image].name, tag))
+            state.with_retry(path, lambda monitor: drop(monitor, there[disk.image].name, tag))
 
     return step

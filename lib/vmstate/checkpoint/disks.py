@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import CannotDo, Refused, WrongUsage
 from ..qemu.inventory import RAW, innermost
 from ..qemu.monitor import Monitor
-from ..qemu.state import patiently, wait_for
+from ..qemu.state import wait_for, with_retry
 from .qemu_img import create_overlay, run_qemu_img
 
 OVERLAY, INTERNAL = "overlay", "internal"
@@ -177,13 +177,13 @@ class PointInTime:
         """
         if not (self._taken or sure or (self._prepared and self.mode == OVERLAY)):
             return
-        standing = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to have its disks")
-        if standing.given_away:
+        guest_state = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to have its disks")
+        if guest_state.given_away:
             raise CannotDo(f"the disks of the guest at {path} stay as they are: it was given away")
         for disk in self.disks:
             if self.mode == INTERNAL:
                 with contextlib.suppress(Refused):
-                    patiently(path, partial(drop, name=disk.name, tag=self.tag))
+                    with_retry(path, partial(drop, name=disk.name, tag=self.tag))
             elif os.path.lexists(disk.overlay):
                 if not merge(path, disk.overlay, disk.image):
                     _require_unused(path, disk.overlay)
@@ -192,7 +192,7 @@ class PointInTime:
 
 def _require_unused(path: str, overlay: str) -> None:
     """CannotDo where the overlay holds something, or the guest has it open: it is all that has what was written."""
-    nodes = patiently(path, lambda monitor: monitor.ask("query-named-block-nodes"))
+    nodes = with_retry(path, lambda monitor: monitor.ask("query-named-block-nodes"))
     opened = any(os.path.basename(overlay) in str(node.get("file")) for node in nodes)
     alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": overlay}}
     found = "" if opened else run_qemu_img("map", "--output=json", f"json:{json.dumps(alone)}")
@@ -226,18 +226,18 @@ def merge(path: str, overlay: str, image: str) -> bool:
     """
     # One that was begun before, by somebody who is gone, is gone on with.
     job = "vmstate" + hashlib.sha256(overlay.encode()).hexdigest()[:16]
-    if not patiently(path, lambda monitor: _begin(monitor, overlay, image, job)):
+    if not with_retry(path, lambda monitor: _begin(monitor, overlay, image, job)):
         return False
-    while patiently(path, lambda monitor: _advance(monitor, job)):
+    while with_retry(path, lambda monitor: _advance(monitor, job)):
         time.sleep(0.02)
-    if patiently(path, lambda monitor: _over(monitor, overlay, image)):
+    if with_retry(path, lambda monitor: _over(monitor, overlay, image)):
         raise CannotDo(f"QEMU has not merged {overlay} into {image}", "the guest's own log, or QEMU's words, say why")
     return True
 
 
 def over(path: str, image: str) -> str:
     """The overlay into which the guest at `path` writes right above an image; '' where it does not."""
-    found = patiently(path, lambda monitor: _over(monitor, "", image))
+    found = with_retry(path, lambda monitor: _over(monitor, "", image))
     return str(found["overlay"]) if found else ""
 
 

@@ -15,8 +15,8 @@ from .qemu_args import put_in_place
 from .qemu_img import create_overlay, run_qemu_img
 
 
-class WayBack:
-    """`prepare` before QEMU is started, `judge` the state before it is loaded; `undo` where that came to nothing.
+class Revert:
+    """`prepare` before QEMU is started, `validate` the state before it is loaded; `undo` where that came to nothing.
 
     CannotDo, Damaged, Misfit where the disks cannot be had back; `discard`: what an image with an internal snapshot got
     since may be lost.
@@ -63,7 +63,7 @@ class WayBack:
             if before.st_mtime == entry.written:
                 self._times.append((entry.image, before))
 
-    def judge(self, state: State) -> None:
+    def validate(self, state: State) -> None:
         if identity(state) != self.manifest.identity:
             raise Misfit(
                 f"the state is not the one of {self._path}", f"its state is {self.manifest.state or 'another'}"

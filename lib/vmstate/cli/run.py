@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import CannotDo, Stopped, VmstateError, WrongUsage
 from ..report import Report
-from ..signals import PUT_BACK, _stop
+from ..signals import PUT_BACK, stop_on_signal
 from .options import Options, guest_path
 
 Main = Callable[[Options, Report], int | None]
@@ -37,7 +37,7 @@ def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
     for number in PUT_BACK:
         # Who was started with a signal ignored (nohup) keeps it so.
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _stop)
+            signal.signal(number, stop_on_signal)
     # Asked for a line of progress when there is none to tell: not a reason to die.
     signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
     # What cannot be parsed is reported as asked for, too.
@@ -140,7 +140,7 @@ def _words(error: OSError) -> str:
 def change_run_state(options: Options, report: Report, change: Callable[[str], Any]) -> None:
     """`vm-stop` and `vm-cont`: a verb on a guest, whose outcome is its run state."""
     path = guest_path(options)
-    standing = change(path)
+    guest_state = change(path)
     if report.as_json:
-        report.record("result", sys.stdout, status=0, guest=path, state=standing.run)
-    report.note(f"the guest is '{standing.run}'")
+        report.record("result", sys.stdout, status=0, guest=path, state=guest_state.run)
+    report.note(f"the guest is '{guest_state.run}'")

@@ -19,14 +19,14 @@ def estimate(path: str, rate: int) -> dict[str, Any]:
     `touched` is the memory that the guest has used so far, as the kernel counts it, or None where it may not be read.
     """
     with Monitor(path) as monitor:
-        standing = require_sendable(monitor, path)
+        guest_state = require_sendable(monitor, path)
         total = sum(used for used, _ in ram_blocks(monitor).values())
         sizes = {used for used, _ in ram_blocks(monitor).values()}
         touched = _resident(monitor.pid(), sizes)
     size = _stream_size(total, total if touched is None else min(touched, total))
     speed = rate or _speed()
     return {
-        "guest": standing.run,
+        "guest": guest_state.run,
         "ram": total,
         "touched": touched,
         "bytes": size,

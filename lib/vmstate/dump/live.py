@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
 from ..io.descriptors import channel, file_of
 from ..io.output import Output
-from ..io.pipeline import Stage
+from ..io.pipeline import ShellPipeline
 from ..progress import Progress
 from ..qemu import control, outgoing, settings, state
 from ..qemu.migration_progress import sample, words_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DumpPlan:
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file.
 
     disks: they are to belong to it, as of the same instant, in which the guest stands.  live_anyway: do not pause the
@@ -51,7 +51,7 @@ class Dump:
 
     CAPABILITIES = settings.ON
 
-    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+    def __init__(self, plan: DumpPlan, report: Report, mode: str) -> None:
         self._plan = plan
         self._report = report
         self._mode = mode
@@ -59,8 +59,8 @@ class Dump:
         self._kept = False
         # Until the guest's state is on its way, so that `run` knows all that there is to undo.
         hold_signals()
-        self._sink: Output | Stage = Stage(plan.to, "sink") if plan.to else Output(plan.out)
-        self._sending = outgoing.Sending(
+        self._sink: Output | ShellPipeline = ShellPipeline(plan.to, "sink") if plan.to else Output(plan.out)
+        self._migration = outgoing.OutgoingMigration(
             plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES, live_anyway=plan.live_anyway
         )
         self._started = time.monotonic()
@@ -90,7 +90,7 @@ class Dump:
         """QEMU completes, and the guest becomes what was wished."""
         path = self._plan.path
         try:
-            info = self._sending.completed().info
+            info = self._migration.completed().info
         except VmstateError as error:
             self._guard.leave()
             raise Unsettled(
@@ -117,8 +117,8 @@ class Dump:
         return None
 
     def _make_guard(self) -> Guard:
-        group, held = (self._sink.group, self._sink.fd) if isinstance(self._sink, Stage) else (None, None)
-        owner = self._sending.found.owner
+        group, held = (self._sink.group, self._sink.fd) if isinstance(self._sink, ShellPipeline) else (None, None)
+        owner = self._migration.saved.owner
         return Guard(self._plan.path, owner, group=group, held=held, snapshot=self._drain, undo=self._undo)
 
     def _send(self) -> State:
@@ -127,11 +127,11 @@ class Dump:
             # From here on there is something to undo, also where the guest stands already.
             self._guard.watch()
             self._disks.prepare()
-        self._sending.start(self._theirs.fileno(), stopped=self._plan.stop, watch=self._guard.watch, take=take)
+        self._migration.start(self._theirs.fileno(), stopped=self._plan.stop, watch=self._guard.watch, take=take)
         self._theirs.close()
         release_signals()
-        if self._sending.paused_first:
-            self._report.warning(paused_first_words(self._sending.paused_first, self._plan.path, PAUSED_STATE))
+        if self._migration.paused_first:
+            self._report.warning(paused_first_words(self._migration.paused_first, self._plan.path, PAUSED_STATE))
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
             return self._outgoing.run()
 
@@ -145,7 +145,7 @@ class Dump:
     def _write_down(self, state: State) -> None:
         """What belongs together, once all of it is there."""
         if self._disks:
-            ran = self._sending.found.ran
+            ran = self._migration.saved.ran
             out = self._plan.out if self._plan.out != "-" else None
             goes_on = self.CAPABILITIES == settings.SNAPSHOT
             self._disks.settle(state, ran, out or (None if self._plan.to else file_of(1)), goes_on)
@@ -158,9 +158,9 @@ class Dump:
         self._ours.close()
         self._theirs.close()
         self._let_go_of_the_sink()
-        standing, trouble = None, None
+        guest_state, trouble = None, None
         try:
-            standing = self._sending.take_back() if self._sending.begun else None
+            guest_state = self._migration.take_back() if self._migration.begun else None
             if self._disks and not self._kept:
                 self._disks.undo()
         except VmstateError as found:
@@ -175,7 +175,7 @@ class Dump:
             return Unsettled(words, f"vm-status {self._plan.path}")
         if isinstance(error, Stopped) or not isinstance(error, Exception):
             return error
-        return self._explain(error, standing)
+        return self._explain(error, guest_state)
 
     def _let_go_of_the_sink(self) -> None:
         if isinstance(self._sink, Output):
@@ -183,7 +183,7 @@ class Dump:
         else:
             self._sink.end()
 
-    def _explain(self, error: Exception, standing: state.Standing | None) -> Exception:
+    def _explain(self, error: Exception, guest_state: state.GuestState | None) -> Exception:
         text = str(error)
         if isinstance(error, OSError):
             gone = isinstance(error, BrokenPipeError | ConnectionError)
@@ -193,14 +193,14 @@ class Dump:
                 text += f" (after {size_words(self._outgoing.sent)})"
         elif not isinstance(error, VmstateError):
             return error
-        if standing is None:
+        if guest_state is None:
             return error if isinstance(error, VmstateError) else CannotDo(text)
-        if standing.migration == "cancelled":
+        if guest_state.migration == "cancelled":
             text = "the migration was cancelled"
-        elif text.startswith("QEMU gave up") and standing.reason:
-            text += f": {standing.reason}"
+        elif text.startswith("QEMU gave up") and guest_state.reason:
+            text += f": {guest_state.reason}"
         hints = error.hints if isinstance(error, VmstateError) else ()
-        return CannotDo(f"{text}; the guest {words_of(standing.run)}", *hints)
+        return CannotDo(f"{text}; the guest {words_of(guest_state.run)}", *hints)
 
     def _outcome(self, saved: State, info: dict[str, Any], state: str) -> dict[str, Any]:
         return {

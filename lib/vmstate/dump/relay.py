@@ -1,7 +1,7 @@
 """Bytes of a state between QEMU's socket and everything else, judged on their way.
 
 From QEMU (`Outgoing`): the commands that ask for a return path are taken out, so that what leaves is the plain stream;
-QEMU does not close its end when it has sent all, so the judge says where the state ends.
+QEMU does not close its end when it has sent all, so the validator says where the state ends.
 To QEMU (`Incoming`): the device sections and all behind them are not let go before the input has proven its end; QEMU
 cannot run a guest without them.
 """
@@ -13,7 +13,7 @@ from ..io.descriptors import kind, splice, write_all
 from ..stream import constants
 from ..stream.reader import StateReader
 from ..stream.records import Command
-from ..stream.validate import Judge, State
+from ..stream.validate import State, Validator
 
 
 class Peeked:
@@ -130,20 +130,20 @@ class Outgoing:
 
         Raises what writing to the sink raises.
         """
-        reader, court = self._reader, Judge()
+        reader, validator = self._reader, Validator()
         try:
             for record in reader:
-                court.see(record)
+                validator.see(record)
                 if isinstance(record, Command) and not self._whole:
                     self._see_command(record)
-                self.machine = court.state.machine
+                self.machine = validator.state.machine
         except Damaged as error:
             raise CannotDo(f"QEMU's stream is not as it should be: {error}", *error.hints) from error
         # A guest can put what looks like an end into a device.
-        if not court.ended or not (self._peeked.closed() if self._closing else self._peeked.quiet()):
+        if not validator.ended or not (self._peeked.closed() if self._closing else self._peeked.quiet()):
             raise CannotDo(f"QEMU's stream does not end as it should, at offset {reader.window.offset}")
         reader.window.flush()
-        return court.state
+        return validator.state
 
     def answer(self, status: int) -> None:
         """As the function `answer`."""

@@ -19,7 +19,7 @@ from ..progress import Progress
 from ..qemu import hugepages, outgoing, settings
 from ..qemu.migration_progress import sample
 from ..qemu.monitor import Monitor
-from ..qemu.state import FOR_EVER, glance, look, patiently, wait_for
+from ..qemu.state import FOR_EVER, query, query_once, wait_for, with_retry
 from ..signals import no_more_signals, release_signals
 from ..stream.validate import State
 from .live import Dump
@@ -42,17 +42,17 @@ def possible(path: str) -> bool:
 
     NoSnapshot where it runs, and a snapshot cannot be had.
     """
-    found = settings.Found()
+    saved = settings.SavedSettings()
     with Monitor(path) as monitor:
         if outgoing.require_sendable(monitor, path).run not in ("running", "suspended"):
             return False
         try:
-            settings.prepare(monitor, settings.SNAPSHOT, {}, found)
+            settings.prepare(monitor, settings.SNAPSHOT, {}, saved)
         except Refused as error:
             hints = [hint for words, hint in WORDS.items() if words in error.text.lower()]
             raise NoSnapshot(f"no snapshot of the guest at {path}: {error.text}", *hints, OTHERWISE) from error
         finally:
-            found.put_back(monitor)
+            saved.put_back(monitor)
     return True
 
 
@@ -69,18 +69,18 @@ class Snapshot(Dump):
                 pid = monitor.pid()
             huge = hugepages.find(pid)
             state = self._send()
-            standing = wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
-            if standing.migration != "completed":
-                raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
+            guest_state = wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
+            if guest_state.migration != "completed":
+                raise CannotDo(f"QEMU ended the snapshot as '{guest_state.migration}': {guest_state.reason}")
             self._prove()
             self._write_down(state)
             no_more_signals()
         except BaseException as error:
             raise self._put_back(error) from error
         with contextlib.suppress(Refused):
-            patiently(self._plan.path, self._sending.found.put_back)
+            with_retry(self._plan.path, self._migration.saved.put_back)
         self._guard.done()
-        after = glance(self._plan.path)
+        after = query_once(self._plan.path)
         outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
         # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
         hugepages.make_whole(pid, huge)
@@ -101,7 +101,7 @@ class Snapshot(Dump):
         self._theirs.close()
         # A sink that is to be ended must not take a part for the whole meanwhile.
         self._let_go_of_the_sink()
-        if self._sending.begun:
+        if self._migration.begun:
             with contextlib.suppress(VmstateError):
                 drain(self._plan.path, self._ours.fileno())
         return super()._put_back(error)
@@ -122,9 +122,9 @@ class Snapshot(Dump):
 
     def _begin(self) -> None:
         try:
-            self._pause = self._sending.snapshot(self._theirs.fileno(), self._disks.take if self._disks else None)
+            self._pause = self._migration.snapshot(self._theirs.fileno(), self._disks.take if self._disks else None)
         except BaseException:
-            if not self._sending.sent:
+            if not self._migration.sent:
                 # Nothing comes; QEMU would not survive this where something did.
                 self._ours.shutdown(socket.SHUT_RD)
             raise
@@ -174,18 +174,18 @@ def discarding(fd: int) -> Iterator[None]:
 def drain(path: str, fd: int) -> None:
     """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
     with discarding(fd):
-        had = patiently(path, _unlimited, FOR_EVER)
+        had = with_retry(path, _unlimited, FOR_EVER)
         if had is None:
             return
         try:
-            wait_for(path, lambda standing: not standing.moving, FOR_EVER, "to end its snapshot")
+            wait_for(path, lambda guest_state: not guest_state.moving, FOR_EVER, "to end its snapshot")
         finally:
-            patiently(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
+            with_retry(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
 
 
 def _unlimited(monitor: Monitor) -> int | None:
     """Lift the limit of what QEMU sends; what it was, None where it sends nothing any more."""
-    if not look(monitor).moving:
+    if not query(monitor).moving:
         return None
     had = int(monitor.ask("query-migrate-parameters").get("max-bandwidth", 0))
     monitor.ask("migrate-set-parameters", max_bandwidth=0)

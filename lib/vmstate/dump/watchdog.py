@@ -19,7 +19,7 @@ from ..io.pipeline import end_group
 
 if TYPE_CHECKING:
     from ..qemu.monitor import Monitor
-    from ..qemu.state import Standing
+    from ..qemu.state import GuestState
 
 WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
@@ -44,7 +44,8 @@ class _Duty:
 class Guard:
     """Start the child.  To be called before there are threads.
 
-    path: the guest.  owner: of the settings that are to be put back (`settings.Found`).  move: the number of the move.
+    path: the guest.  owner: of the settings that are to be put back (`settings.SavedSettings`).  move: the number of
+    the move.
     group: the process group of the sink, or None.  held: the sink's input, to be kept open.
     snapshot: a descriptor, to be kept open, and what takes what QEMU still sends there before anything is put back.
     undo: what else is to be undone, in the end.
@@ -145,28 +146,28 @@ def _put_back(duty: _Duty, stopped: bool) -> None:
     with contextlib.suppress(Exception):
         # However long that takes: the wait ends with the QEMU.
         state.wait_for(duty.path, _is_over, state.FOR_EVER, "to end its migration", slowest=0.5)
-        state.patiently(duty.path, lambda monitor: _settle(monitor, duty, stopped), state.FOR_EVER)
+        state.with_retry(duty.path, lambda monitor: _settle(monitor, duty, stopped), state.FOR_EVER)
     with contextlib.suppress(Exception):
         if duty.undo and stopped:
             duty.undo()
 
 
-def _is_over(standing: "Standing") -> bool:
-    return not standing.moving and standing.run != "finish-migrate"
+def _is_over(guest_state: "GuestState") -> bool:
+    return not guest_state.moving and guest_state.run != "finish-migrate"
 
 
 def _settle(monitor: "Monitor", duty: _Duty, stopped: bool) -> None:
     from ..qemu import control, markers, settings, state
 
-    standing, left = state.look(monitor), settings.left_behind(monitor)
+    guest_state, left = state.query(monitor), settings.left_behind(monitor)
     ours = left is not None and left.owner == duty.owner
-    if not _is_over(standing) or (left and not ours):
+    if not _is_over(guest_state) or (left and not ours):
         # Another command has the guest now.
         return
-    if not standing.given_away:
+    if not guest_state.given_away:
         if ours and markers.MOVED in markers.names(monitor):
             markers.keep(monitor, duty.move)
         # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
-        if stopped and standing.run in ("paused", "postmigrate"):
-            control.cont_in(monitor)
-    settings.tidy(monitor, duty.owner)
+        if stopped and guest_state.run in ("paused", "postmigrate"):
+            control.cont_announced(monitor)
+    settings.clear_leftovers(monitor, duty.owner)

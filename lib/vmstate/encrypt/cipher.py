@@ -16,7 +16,7 @@ from ..io.readers import FdReader, read_up_to
 from . import keys
 from .gpg import Gpg, Keyring, Means, Task, reader_gone
 from .openpgp import look_ahead
-from .verdict import Signature, _is_cut, _judge_decryption, _judge_encryption, _signatures
+from .verdict import Signature, check_encryption, decryption_error, is_cut, signatures_of
 
 # gpg would else look for unknown keys in the network, and obey a gpg.conf that asks for armour.
 OURS = ["-z", "0", "--no-armor", "--no-auto-key-locate", "--cipher-algo", "AES256"]
@@ -74,7 +74,7 @@ class Cipher:
         verdict = self._gpg.work(_encryption(found, receivers.passphrase, signer, "always", options))
         if verdict.returncode and reader_gone(self._fd):
             raise Stopped(signal.SIGPIPE)
-        _judge_encryption(verdict)
+        check_encryption(verdict)
 
     def _try(self, receivers: Receivers, found: list[str], signer: str | None) -> None:
         """An empty message to nowhere: whether gpg trusts the keys that are given by name, and can sign."""
@@ -89,7 +89,7 @@ class Cipher:
             return
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _judge_encryption(Gpg(self._means, null, b"", null).work(task))
+            check_encryption(Gpg(self._means, null, b"", null).work(task))
         finally:
             os.close(null)
 
@@ -113,9 +113,9 @@ class Cipher:
     def _decrypt(self, ring: Place, first: bytes, size: int | None, signers: list[str]) -> None:
         self._gpg = Gpg(self._means, self._source, first, self._fd, ring)
         verdict = self._gpg.work(lambda gpg, message: gpg.decrypt_file(message))
-        self.signatures = _signatures(verdict)
-        reason = _judge_decryption(verdict, self.signatures, signers)
-        if isinstance(reason, Damaged) and verdict.all_sent and _is_cut(verdict, self.came, size):
+        self.signatures = signatures_of(verdict)
+        reason = decryption_error(verdict, self.signatures, signers)
+        if isinstance(reason, Damaged) and verdict.all_sent and is_cut(verdict, self.came, size):
             raise Damaged("the message is cut: it ends before its integrity could be checked") from reason
         if reason is not None:
             raise reason

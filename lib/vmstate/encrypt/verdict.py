@@ -31,7 +31,7 @@ class Signature:
         return self.key in fingerprints or self.primary in fingerprints
 
 
-def _judge_encryption(verdict: Verdict) -> None:
+def check_encryption(verdict: Verdict) -> None:
     for refused in verdict.values("INV_RECP"):
         reason, _, key = refused.partition(" ")
         what = f"cannot encrypt for '{key}'"
@@ -46,7 +46,7 @@ def _judge_encryption(verdict: Verdict) -> None:
         raise CannotDo(f"gpg failed: {verdict.words()}")
 
 
-def _judge_decryption(verdict: Verdict, signatures: list[Signature], signers: list[str]) -> VmstateError | None:
+def decryption_error(verdict: Verdict, signatures: list[Signature], signers: list[str]) -> VmstateError | None:
     """Why the message must not be believed, None for one that may."""
     if not verdict.has("DECRYPTION_INFO"):
         return _not_opened(verdict)
@@ -62,10 +62,10 @@ def _judge_decryption(verdict: Verdict, signatures: list[Signature], signers: li
         return Damaged(f"the message is forged: something is behind or beside it, gpg says '{verdict.words()}'")
     if not verdict.has("DECRYPTION_OKAY"):
         return CannotDo(f"gpg failed: {verdict.words()}")
-    return _judge_signatures(verdict, signatures, signers)
+    return _signature_error(verdict, signatures, signers)
 
 
-def _is_cut(verdict: Verdict, came: int, size: int | None) -> bool:
+def is_cut(verdict: Verdict, came: int, size: int | None) -> bool:
     """Where a message does not say its size, a forged one can look cut."""
     return any(word in verdict.stderr for word in CUT) if size is None else came < size
 
@@ -101,7 +101,7 @@ def _not_opened(verdict: Verdict) -> VmstateError:
 STATES = {"GOODSIG": "good", "EXPSIG": "expired", "EXPKEYSIG": "expired", "REVKEYSIG": "revoked", "BADSIG": "bad"}
 
 
-def _signatures(verdict: Verdict) -> list[Signature]:
+def signatures_of(verdict: Verdict) -> list[Signature]:
     """What gpg says of each: first of its state, then of its key."""
     found = []
     state = key = ""
@@ -119,7 +119,7 @@ def _signatures(verdict: Verdict) -> list[Signature]:
     return found
 
 
-def _judge_signatures(verdict: Verdict, signatures: list[Signature], signers: list[str]) -> VmstateError | None:
+def _signature_error(verdict: Verdict, signatures: list[Signature], signers: list[str]) -> VmstateError | None:
     """A signature that gpg cannot check is no failure of the message where another one is the one that counts."""
     unknown = [value.split() for value in verdict.values("ERRSIG")]
     proven = any(signature.state == "good" and signature.by(signers) for signature in signatures)

@@ -12,7 +12,7 @@ from ..stream.device_facts import nics, vcpus
 from ..stream.device_values import Device, Struct, to_json
 from ..stream.devices import decode_part
 from ..stream.page_map import PageMap
-from ..stream.validate import State, judge
+from ..stream.validate import State, validate
 from ..vmz.state_file import StateFile, state_of
 from .page_hash import DUPLICATE, Fingerprints, differing, kinds
 
@@ -101,7 +101,7 @@ class Survey:
 def survey(source: Reader) -> Survey:
     """Look through a state; Damaged where it is not whole, CannotDo where a block has too many pages to be shown."""
     prints = Fingerprints()
-    state = judge(source, see=prints.see)
+    state = validate(source, see=prints.see)
     _require_shown(state)
     return Survey(state, prints)
 

@@ -9,7 +9,7 @@ from ..errors import CannotDo
 from .descriptors import enlarge
 
 
-class Stage:
+class ShellPipeline:
     """A shell pipeline as the far end of a pipe: `side` 'source' gives us bytes, another ('sink', 'filter') takes ours.
 
     It runs with `pipefail` in a process group of its own.  output: where a sink writes; None: where we do.

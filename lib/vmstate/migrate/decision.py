@@ -10,34 +10,34 @@ from ..errors import GuestGone, Refused
 from ..qemu import markers
 from ..qemu.control import run_on
 from ..qemu.monitor import Monitor
-from ..qemu.state import Standing, look
+from ..qemu.state import GuestState, query
 
 
-def standing_of(path: str) -> dict[str, Any]:
+def migration_state(path: str) -> dict[str, Any]:
     """`state` is a row of docs/link.md, `run` QEMU's run state, `move` the number, `facts` those of the mark."""
     try:
         with Monitor(path) as monitor:
-            standing, found = look(monitor), markers.read(monitor)
+            guest_state, found = query(monitor), markers.read(monitor)
     except GuestGone:
         return {"state": "gone"}
-    return {"state": state_of(standing, found), "run": standing.run, **_facts(found)}
+    return {"state": state_of(guest_state, found), "run": guest_state.run, **_facts(found)}
 
 
-def state_of(standing: Standing, found: markers.Marks) -> str:
-    if standing.migration.startswith("postcopy"):
+def state_of(guest_state: GuestState, found: markers.Marks) -> str:
+    if guest_state.migration.startswith("postcopy"):
         return "postcopy"
-    if standing.run == "inmigrate":
-        return "waiting" if standing.migration == "none" else "loading"
+    if guest_state.run == "inmigrate":
+        return "waiting" if guest_state.migration == "none" else "loading"
     if markers.ARRIVED in found:
         return "running"
     if markers.TAKEN in found:
         return "loaded"
     if "move" in found.get(markers.MOVED, {}):
-        if standing.moving or standing.run == "finish-migrate":
+        if guest_state.moving or guest_state.run == "finish-migrate":
             return "undecided"
-        if standing.given_away:
+        if guest_state.given_away:
             return "granted" if markers.decision(found) == markers.GRANTED else "given"
-    return "undecided" if standing.run == "finish-migrate" else "here"
+    return "undecided" if guest_state.run == "finish-migrate" else "here"
 
 
 def _facts(found: markers.Marks) -> dict[str, Any]:
@@ -49,11 +49,11 @@ def _facts(found: markers.Marks) -> dict[str, Any]:
 
 def grant(monitor: Monitor, move: str) -> str:
     """Where the guest of this move is: 'granted' (now, if it was given away), 'undecided', 'here', or 'unknown'."""
-    standing, found = look(monitor), markers.read(monitor)
+    guest_state, found = query(monitor), markers.read(monitor)
     if _facts(found)["move"] != move:
         # Another QEMU may have come to the same path.
         return "unknown"
-    state = state_of(standing, found)
+    state = state_of(guest_state, found)
     if state == "given":
         return "granted" if markers.decide(monitor, markers.GRANTED, move) == markers.GRANTED else "here"
     return state
@@ -61,8 +61,8 @@ def grant(monitor: Monitor, move: str) -> str:
 
 def take_back_given(monitor: Monitor) -> bool:
     """Let a guest run on that was given away; False where it has been granted, or where nothing is decided yet."""
-    standing, found = look(monitor), markers.read(monitor)
-    state = state_of(standing, found)
+    guest_state, found = query(monitor), markers.read(monitor)
+    state = state_of(guest_state, found)
     if state in ("granted", "undecided", "postcopy"):
         return False
     mark = found.get(markers.MOVED, {})

@@ -11,18 +11,18 @@ from typing import Any
 
 from ..errors import CannotDo, Damaged, GuestGone, Unsettled, VmstateError
 from ..io.descriptors import channel, write_all
-from ..io.pipeline import Stage
+from ..io.pipeline import ShellPipeline
 from ..qemu import control, markers
 from ..qemu.incoming import NO_ROUNDS, Waiting
 from ..qemu.launch import Process
 from ..qemu.monitor import Monitor
-from ..qemu.state import glance, look, patiently
+from ..qemu.state import query, query_once, with_retry
 from ..report import Report
 from ..restore.outcome import nics_of, refusal_of
 from ..signals import hold_signals, no_more_signals, release_signals, step_back
 from ..stream import constants
 from . import decision, filters, link
-from .link import ROOM, Frame, Link
+from .link import ROOM, Link, LinkFrame
 from .postcopy_link import recover
 
 # A source that has heard 'loaded' goes on at once.
@@ -46,7 +46,7 @@ def move_of(hello: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReceivePlan:
     """path: the waiting guest, or command: the QEMU to start.  back: the inverse of the filters on the way.
 
     announce: whether to announce the guest in the network once it runs.
@@ -58,11 +58,11 @@ class Plan:
     announce: bool = True
 
 
-class Taking:
+class IncomingMigration:
     """One guest.  hello: what its source has said; process: the QEMU, where we have started it."""
 
     def __init__(
-        self, plan: Plan, path: str, report: Report, link: Link, hello: dict[str, Any], process: Process | None
+        self, plan: ReceivePlan, path: str, report: Report, link: Link, hello: dict[str, Any], process: Process | None
     ) -> None:
         self._plan = plan
         self._path = path
@@ -72,7 +72,7 @@ class Taking:
         self._process = process
         self._waiting = Waiting(path)
         self._ours, self._theirs = channel(ROOM)
-        self._stage: Stage | None = None
+        self._pipeline: ShellPipeline | None = None
         self._bytes = 0
         self._whole = False
         self._near: Monitor | None = None
@@ -147,7 +147,7 @@ class Taking:
             poll.register(self._ours, select.POLLIN)
         return {fd for fd, _ in poll.poll(LOOK_MS if self._switched and not self._crossed else None)}
 
-    def _hear_source(self, frame: Frame | None) -> None:
+    def _hear_source(self, frame: LinkFrame | None) -> None:
         if frame is None:
             raise CannotDo("the link was lost before the source had sent all of its guest, which runs on there")
         if frame.kind == link.CANCEL:
@@ -160,8 +160,8 @@ class Taking:
         elif frame.kind == link.SWITCH:
             self._switched = True
         elif frame.kind == link.END and self._waiting.begun:
-            if self._stage and not self._qemu_gave_up():
-                self._stage.finish()
+            if self._pipeline and not self._qemu_gave_up():
+                self._pipeline.finish()
             self._whole = True
         else:
             raise Damaged(f"the source said '{chr(frame.kind)}' in the midst of its data")
@@ -200,22 +200,22 @@ class Taking:
         back = filters.inverse(self._hello.get("through", []), self._plan.back)
         if back is None:
             return self._ours.fileno()
-        self._stage = Stage(back, "sink", self._ours.fileno())
-        return self._stage.fd
+        self._pipeline = ShellPipeline(back, "sink", self._ours.fileno())
+        return self._pipeline.fd
 
     def _pass(self, sink: int, data: memoryview) -> None:
         try:
             write_all(sink, data)
         except ConnectionError as error:
-            if self._stage and not self._qemu_gave_up():
-                self._stage.finish()
+            if self._pipeline and not self._qemu_gave_up():
+                self._pipeline.finish()
             raise self._refusal(error) from error
         self._bytes += len(data)
 
     def _qemu_gave_up(self) -> bool:
         """Its reason comes before that of the filters, which end over it."""
         try:
-            return glance(self._path).migration == "failed"
+            return query_once(self._path).migration == "failed"
         except GuestGone:
             return True
         except VmstateError:
@@ -230,8 +230,8 @@ class Taking:
         except CannotDo:
             # Somebody else has it; the next look will do.
             return
-        standing = look(monitor)
-        if standing.migration == "postcopy-active" and standing.run == "paused":
+        guest_state = query(monitor)
+        if guest_state.migration == "postcopy-active" and guest_state.run == "paused":
             self._crossed = True
             no_more_signals()
             decision.arrive(monitor, self._facts, control.rhythm_of(monitor) if self._may_announce else None)
@@ -240,11 +240,11 @@ class Taking:
     def _finish_postcopy(self) -> str:
         """All pages are here, and the source knows."""
         self._waiting.loaded()
-        state = glance(self._path).run
+        state = query_once(self._path).run
         with contextlib.suppress(OSError):
             self._link.send(link.RUNNING, state=state)
         with contextlib.suppress(VmstateError):
-            patiently(self._path, self._waiting.afterwards)
+            with_retry(self._path, self._waiting.afterwards)
         return state
 
     def _commit(self) -> str:
@@ -262,7 +262,7 @@ class Taking:
             monitor.leave()
         if not self._link.comes(LONG):
             raise CannotDo(f"the source has said nothing for {LONG:.0f} s")
-        return patiently(self._path, self._await_go)
+        return with_retry(self._path, self._await_go)
 
     def _await_go(self, monitor: Monitor) -> str:
         if not self._granted:
@@ -286,14 +286,14 @@ class Taking:
         no_more_signals()
         if self._near:
             self._near.leave()
-        if self._stage:
-            self._stage.end()
+        if self._pipeline:
+            self._pipeline.end()
         self._ours.close()
         self._theirs.close()
         if self._crossed or (self._switched and self._in_postcopy()):
             text = f"the guest at {self._path} runs here, and lacks pages that are at its source: {error}"
             return Unsettled(text, "at its source: vm-status tells how to go on")
-        if self._waiting.begun and not self._cancelled and (self._loaded or not self._waiting.let_fall()):
+        if self._waiting.begun and not self._cancelled and (self._loaded or not self._waiting.abort_load()):
             return self._unsettled(error)
         if self._process:
             self._process.end()
@@ -301,12 +301,12 @@ class Taking:
         if self._waiting.begun:
             self._waiting.discard()
         if isinstance(error, VmstateError):
-            error.hints = (*error.hints, self._waiting.fate())
+            error.hints = (*error.hints, self._waiting.outcome_text())
         return error
 
     def _in_postcopy(self) -> bool:
         try:
-            return glance(self._path).migration.startswith("postcopy")
+            return query_once(self._path).migration.startswith("postcopy")
         except VmstateError:
             return False
 
@@ -346,9 +346,8 @@ class Taking:
         """An announcement that fails is a warning: the guest runs."""
         if state != "running" or not self._may_announce:
             return
-        from ..announce.announcer import Announcer
-        from ..announce.announcer import Plan as AnnouncePlan
-        from ..announce.messages import Teller
+        from ..announce.announcer import AnnouncePlan, Announcer
+        from ..announce.messages import Narrator
         from ..announce.rounds import schedule
 
         def fail(error: VmstateError) -> None:
@@ -357,7 +356,7 @@ class Taking:
         cards = [nic for nic in nics_of(self._waiting, self._report) if nic.iface]
         if not cards:
             return
-        teller = Teller(self._report, self._report.note, fail=fail)
+        teller = Narrator(self._report, self._report.note, fail=fail)
         try:
             for happening in Announcer(AnnouncePlan(schedule(), guest=self._path)).run(cards):
                 teller.tell(happening)

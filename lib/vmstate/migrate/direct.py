@@ -9,61 +9,60 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dump.live import Dump
-from ..dump.live import Plan as DumpPlan
+from ..dump.live import Dump, DumpPlan
 from ..dump.watchdog import Guard
 from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
 from ..io.descriptors import kind
 from ..progress import Progress, Sample
 from ..qemu import control, outgoing, state
 from ..qemu.migration_progress import sample_of, words_of
-from ..qemu.state import Standing
+from ..qemu.state import GuestState
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals, signals_wait
-from .uri import Way, way_of
+from .uri import Transport, transport_of
 
 LOOK = 0.05
 KINDS = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, link:COMMAND or ssh://[USER@]HOST/GUEST"
 
 
 @dataclass(frozen=True)
-class Target:
+class MigrationTarget:
     """Where to: `uri` as QEMU knows it, `fd` to be handed to it, `command` for the shell, or `way` to a receiver."""
 
     uri: str
     fd: int | None = None
     command: str | None = None
     answers: bool = True
-    way: Way | None = None
+    transport: Transport | None = None
 
 
-def target_of(uri: str) -> Target:
+def target_of(uri: str) -> MigrationTarget:
     """WrongUsage for what is none of `KINDS`."""
     name, _, rest = uri.partition(":")
     if name == "tcp" and rest.rpartition(":")[2].isdigit() and rest.rpartition(":")[0]:
-        return Target(uri)
+        return MigrationTarget(uri)
     if name == "unix" and rest:
         # QEMU may have another working directory.
-        return Target(f"unix:{os.path.abspath(rest)}")
+        return MigrationTarget(f"unix:{os.path.abspath(rest)}")
     if name == "exec" and rest:
-        return Target(uri, command=rest)
+        return MigrationTarget(uri, command=rest)
     if name == "fd" and rest.isascii() and rest.isdecimal():
         return _descriptor(uri, int(rest))
-    if way := way_of(uri):
-        return Target(uri, way=way)
+    if transport := transport_of(uri):
+        return MigrationTarget(uri, transport=transport)
     raise WrongUsage(f"'{uri}' is no place to move a guest to", f"expected {KINDS}")
 
 
-def _descriptor(uri: str, fd: int) -> Target:
+def _descriptor(uri: str, fd: int) -> MigrationTarget:
     try:
-        return Target(uri, fd, answers=kind(fd) == "socket")
+        return MigrationTarget(uri, fd, answers=kind(fd) == "socket")
     except OSError as error:
         hint = "open it in the shell, as in: vm-migrate a.qmp fd:3 3<>/dev/tcp/HOST/PORT"
         raise WrongUsage(f"{uri}: {os.strerror(error.errno or 0).lower()}", hint) from error
 
 
 @dataclass(frozen=True)
-class Plan:
+class MigratePlan:
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `after` 'paused' or 'quit'.
 
     on: further capabilities of QEMU.  timeout: in seconds, rounds: how often RAM is gone through; then it is cancelled.
@@ -74,7 +73,7 @@ class Plan:
     """
 
     path: str
-    target: Target
+    target: MigrationTarget
     after: str = "paused"
     rate: int | None = None
     downtime: int | None = None
@@ -93,24 +92,26 @@ class Plan:
 class Move:
     """One move, from its plan to its outcome."""
 
-    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+    def __init__(self, plan: MigratePlan, report: Report, mode: str) -> None:
         self._plan = plan
         self._report = report
         self._mode = mode
         self._started = time.monotonic()
-        self._standing: Standing | None = None
+        self._guest_state: GuestState | None = None
         on = (("return-path",) if plan.target.answers else ()) + plan.on
         mark = {"uri": plan.target.uri}
-        self._sending = outgoing.Sending(plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark)
+        self._migration = outgoing.OutgoingMigration(
+            plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark
+        )
         self._guard: Guard | None = None
 
     def begin(self) -> None:
         """QEMU sends, and goes on by itself; what was set for it is put back in the end, whether we stay or not."""
         require_live(self._plan)
         hold_signals()
-        self._guard = Guard(self._plan.path, self._sending.found.owner)
+        self._guard = Guard(self._plan.path, self._migration.saved.owner)
         try:
-            self._sending.move(self._plan.target.uri, self._plan.target.fd)
+            self._migration.move(self._plan.target.uri, self._plan.target.fd)
         except BaseException as error:
             raise self._put_back(error) from error
 
@@ -127,7 +128,7 @@ class Move:
         no_more_signals()
         path = self._plan.path
         try:
-            info = self._sending.completed().info
+            info = self._migration.completed().info
         except VmstateError as error:
             raise Unsettled(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
         assert self._guard
@@ -139,41 +140,41 @@ class Move:
         while True:
             try:
                 with signals_wait():
-                    standing = self._standing = state.glance(self._plan.path)
+                    guest_state = self._guest_state = state.query_once(self._plan.path)
             except GuestGone:
                 raise
             except VmstateError:
                 # Another command has the monitor; QEMU does not need us.
                 time.sleep(LOOK)
                 continue
-            if not standing.moving and standing.run != "finish-migrate":
+            if not guest_state.moving and guest_state.run != "finish-migrate":
                 return
-            if reason := too_long(self._plan, standing, self._started):
+            if reason := too_long(self._plan, guest_state, self._started):
                 raise CannotDo(reason, "a higher --downtime, --auto-converge or vm-speed may help")
             time.sleep(LOOK)
 
     def _arrived(self) -> None:
-        standing = self._standing
-        assert standing
-        if standing.migration == "cancelled":
+        guest_state = self._guest_state
+        assert guest_state
+        if guest_state.migration == "cancelled":
             raise CannotDo("the migration was cancelled")
-        if not standing.given_away:
-            reason = standing.reason or "the other QEMU did not take it, and says why on its standard error"
+        if not guest_state.given_away:
+            reason = guest_state.reason or "the other QEMU did not take it, and says why on its standard error"
             raise CannotDo(f"the guest was not moved: {reason}")
 
     def _sample(self) -> Sample | None:
-        return sample_of(self._standing.info) if self._standing and self._standing.moving else None
+        return sample_of(self._guest_state.info) if self._guest_state and self._guest_state.moving else None
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
         assert self._guard
-        if not self._sending.begun:
+        if not self._migration.begun:
             self._guard.done()
             return error
         path = self._plan.path
         try:
             self._cancel()
-            standing = self._sending.take_back()
+            guest_state = self._migration.take_back()
             self._guard.done()
         except GuestGone as gone:
             return Unsettled(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
@@ -184,13 +185,13 @@ class Move:
             return Unsettled(f"{why}; and the guest could not be put back: {trouble}", f"vm-status {path}")
         if isinstance(error, Stopped) or not isinstance(error, VmstateError):
             return error
-        return CannotDo(f"{error}; the guest {words_of(standing.run)}", *error.hints)
+        return CannotDo(f"{error}; the guest {words_of(guest_state.run)}", *error.hints)
 
     def _cancel(self) -> None:
         """Not in the last step: the other QEMU may let the guest run already, and its word be on the way."""
         path = self._plan.path
-        standing = state.patiently(path, state.look)
-        if standing.moving and standing.run != "finish-migrate":
+        guest_state = state.with_retry(path, state.query)
+        if guest_state.moving and guest_state.run != "finish-migrate":
             with contextlib.suppress(CannotDo):
                 control.cancel(path)
 
@@ -207,11 +208,11 @@ class Move:
         }
 
 
-def too_long(plan: Plan, standing: Standing, started: float) -> str | None:
+def too_long(plan: MigratePlan, guest_state: GuestState, started: float) -> str | None:
     """Which limit of the plan a move has passed that began at `started`; none in its last step."""
-    if standing.run == "finish-migrate" or not standing.moving:
+    if guest_state.run == "finish-migrate" or not guest_state.moving:
         return None
-    now = standing.info.get("ram", {}).get("dirty-sync-count", 0)
+    now = guest_state.info.get("ram", {}).get("dirty-sync-count", 0)
     if plan.timeout is not None and time.monotonic() - started > plan.timeout:
         return f"the move was not over in {plan.timeout:g} s, in round {now}"
     if plan.rounds is not None and now > plan.rounds:
@@ -219,7 +220,7 @@ def too_long(plan: Plan, standing: Standing, started: float) -> str | None:
     return None
 
 
-def require_live(plan: Plan) -> None:
+def require_live(plan: MigratePlan) -> None:
     """WrongUsage where the guest is to be paused first, and nobody of ours is at the other end to resume it."""
     if not plan.live_anyway:
         why = f"over {plan.target.uri} nobody could resume it, were it paused first"
@@ -228,12 +229,12 @@ def require_live(plan: Plan) -> None:
 
 def _is_moved(path: str) -> bool:
     try:
-        return state.glance(path).given_away
+        return state.query_once(path).given_away
     except VmstateError:
         return False
 
 
-def into_command(plan: Plan, report: Report, mode: str) -> dict[str, Any]:
+def into_command(plan: MigratePlan, report: Report, mode: str) -> dict[str, Any]:
     """The move into a shell's command, whose exit status counts: a dump."""
     require_live(plan)
     limits = plan.rate, plan.downtime, plan.target.command

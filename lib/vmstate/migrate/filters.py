@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CannotDo, WrongUsage
 from ..io.descriptors import BLOCK, memory
-from ..io.pipeline import Stage
+from ..io.pipeline import ShellPipeline
 from . import link, remote
 
 MOST = 8
@@ -67,21 +67,21 @@ def inverse(filters: Any, given: str | None) -> str | None:
 class Filter:
     """A pipeline on the way (`--through`): QEMU's bytes into it, what it makes of them into frames."""
 
-    def __init__(self, command: str, far: remote.Far) -> None:
+    def __init__(self, command: str, peer: remote.Peer) -> None:
         reading, writing = os.pipe()
-        self._stage = Stage(command, "filter", writing)
+        self._pipeline = ShellPipeline(command, "filter", writing)
         os.close(writing)
         self._reading = reading
-        self._far = far
+        self._peer = peer
         self._trouble: OSError | None = None
-        self.fd = self._stage.fd
+        self.fd = self._pipeline.fd
         self._thread = threading.Thread(target=self._pump, daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
         """Everything is in; CannotDo unless it has all come out, and every filter ended with 0."""
         try:
-            self._stage.finish()
+            self._pipeline.finish()
         finally:
             self._thread.join()
         if self._trouble:
@@ -93,18 +93,18 @@ class Filter:
             self.finish()
         except (CannotDo, OSError) as error:
             return error
-        return CannotDo(f"the filter '{self._stage.command}' ended before it had taken everything")
+        return CannotDo(f"the filter '{self._pipeline.command}' ended before it had taken everything")
 
     def end(self) -> None:
-        self._stage.end()
+        self._pipeline.end()
 
     def _pump(self) -> None:
         buffer = memory(BLOCK)
         try:
             while count := os.readv(self._reading, [buffer]):
-                self._far.link.send_bytes(link.DATA, buffer[:count])
+                self._peer.link.send_bytes(link.DATA, buffer[:count])
         except OSError as error:
             self._trouble = error
             # Nobody reads it any more: it must not wait for ever.
-            self._stage.kill()
+            self._pipeline.kill()
         os.close(self._reading)

@@ -24,9 +24,9 @@ class Finding:
         return cls(level, str(found.get("text", "")), str(found.get("hint", "")))
 
 
-def _error(text: str, hint: str) -> Finding:
+def new_error(text: str, hint: str) -> Finding:
     return Finding("error", text, hint)
 
 
-def _warning(text: str, hint: str) -> Finding:
+def new_warning(text: str, hint: str) -> Finding:
     return Finding("warning", text, hint)

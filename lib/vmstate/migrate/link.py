@@ -36,7 +36,7 @@ MANY = 64
 
 
 @dataclass
-class Frame:
+class LinkFrame:
     """One frame: `data` of those that carry bytes (good until the next is received), `values` of all others."""
 
     kind: int
@@ -74,7 +74,7 @@ class Link:
             write_all(self._writing, _head(kind, SUMMED if self._sums else 0, view))
             write_all(self._writing, view)
 
-    def receive(self) -> Frame | None:
+    def receive(self) -> LinkFrame | None:
         """The next frame; None at the end of the link.  Damaged where it is not as it should be."""
         size = HEAD.size + SUM.size
         if not self._fill(self._buffer[:size]):
@@ -91,7 +91,7 @@ class Link:
             return None
         if found != zlib.crc32(payload if flags & SUMMED else b"", zlib.crc32(head)):
             raise Damaged(f"the link has changed bytes on their way, in a frame of {length} bytes")
-        return Frame(kind, payload) if kind in RAW else Frame(kind, values=_values(payload))
+        return LinkFrame(kind, payload) if kind in RAW else LinkFrame(kind, values=_values(payload))
 
     def comes(self, seconds: float | None) -> bool:
         """Whether something comes within this time."""

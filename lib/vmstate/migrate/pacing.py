@@ -14,10 +14,10 @@ from ..dump.relay import Outgoing
 from ..errors import CannotDo, VmstateError
 from ..qemu import state
 from ..qemu.monitor import Monitor
-from ..qemu.settings import Found
-from ..qemu.state import Standing
-from .direct import Plan, too_long
-from .postcopy_link import Crossing
+from ..qemu.settings import SavedSettings
+from ..qemu.state import GuestState
+from .direct import MigratePlan, too_long
+from .postcopy_link import PostcopyBridge
 
 LOOK = 0.15
 # The lowest downtime-limit, in ms: with a lower one also a guest at rest takes several rounds.
@@ -33,13 +33,17 @@ class Watch:
     """
 
     def __init__(
-        self, plan: Plan, outgoing: Outgoing | Crossing, found: Found, interrupt: Callable[[VmstateError], object]
+        self,
+        plan: MigratePlan,
+        outgoing: Outgoing | PostcopyBridge,
+        saved: SavedSettings,
+        interrupt: Callable[[VmstateError], object],
     ) -> None:
         self.switch: Callable[[], object] | None = None
         self._plan = plan
         self._outgoing = outgoing
         self._interrupt = interrupt
-        self._most = found.parameters.get(PAUSE, FIRST_PAUSE) if plan.downtime is None else 0
+        self._most = saved.parameters.get(PAUSE, FIRST_PAUSE) if plan.downtime is None else 0
         self._pause, self._round = FIRST_PAUSE, 0
         self._started = time.monotonic()
         self._over = threading.Event()
@@ -62,31 +66,31 @@ class Watch:
             stalled = now - since > self._plan.commit
             try:
                 with Monitor(self._plan.path, 0.5) as monitor:
-                    standing = state.look(monitor)
-                    self._raise_pause(monitor, standing)
+                    guest_state = state.query(monitor)
+                    self._raise_pause(monitor, guest_state)
             except VmstateError:
                 # Others have it; the next look will do.
                 continue
             if not self._over.is_set():
-                self._judge(standing, stalled)
+                self._check_limits(guest_state, stalled)
 
-    def _raise_pause(self, monitor: Monitor, standing: Standing) -> None:
+    def _raise_pause(self, monitor: Monitor, guest_state: GuestState) -> None:
         """Twice as long for each round that it did not suffice for."""
-        now = standing.info.get("ram", {}).get("dirty-sync-count", 0)
+        now = guest_state.info.get("ram", {}).get("dirty-sync-count", 0)
         # The first round has all of the memory, and says nothing.
         if self._pause >= self._most or now <= max(self._round, 2):
             return
         self._round, self._pause = now, min(self._most, 2 * self._pause)
         monitor.ask("migrate-set-parameters", **{PAUSE: self._pause})
 
-    def _judge(self, standing: Standing, stalled: bool) -> None:
-        reason = too_long(self._plan, standing, self._started)
+    def _check_limits(self, guest_state: GuestState, stalled: bool) -> None:
+        reason = too_long(self._plan, guest_state, self._started)
         if reason and self.switch:
-            if standing.migration == "active":
+            if guest_state.migration == "active":
                 with contextlib.suppress(VmstateError):
                     self.switch()
         elif reason:
             self._interrupt(CannotDo(reason, "a higher --downtime, --auto-converge, --postcopy or vm-speed may help"))
-        if stalled and standing.run == "finish-migrate":
+        if stalled and guest_state.run == "finish-migrate":
             text = f"nothing has passed over the link for {self._plan.commit:.0f} s, with the guest standing still"
             self._interrupt(CannotDo(text))

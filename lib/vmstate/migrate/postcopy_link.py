@@ -1,4 +1,4 @@
-"""QEMU's bytes over a link, as they are: the other QEMU is their judge.
+"""QEMU's bytes over a link, as they are: the other QEMU validates them.
 
 The receiver keeps that one's SHUT to itself and says 'loaded'.  Where the guest crosses over in postcopy, everything
 passes in both directions from then on, and QEMU ends by itself.
@@ -15,26 +15,26 @@ from ..io.descriptors import BLOCK, channel, memory
 from ..qemu import control, markers, outgoing, state
 from ..qemu.monitor import Monitor
 from . import decision, link
-from .link import ANSWERS, Frame
-from .remote import Far
-from .uri import Way
+from .link import ANSWERS, LinkFrame
+from .remote import Peer
+from .uri import Transport
 
 # How long a QEMU may take to see that its link is lost, in seconds.
 NOTICES = 20.0
 
 
-class Crossing:
+class PostcopyBridge:
     """`sent` counts the bytes that have left."""
 
-    def __init__(self, path: str, qemu: socket.socket, far: Far) -> None:
+    def __init__(self, path: str, qemu: socket.socket, peer: Peer) -> None:
         self._path = path
         self._qemu = qemu
-        self._far = far
+        self._peer = peer
         self._wake, self._waker = os.pipe()
         self._loaded = False
         self.sent = 0
-        self._other = far.heard
-        far.heard = self._hear
+        self._other = peer.heard
+        peer.heard = self._hear
 
     def run(self) -> str:
         """'loaded' where the receiver has all of it and waits, 'over' where the guest has crossed over and is whole."""
@@ -45,29 +45,31 @@ class Crossing:
         while not self._loaded:
             if self._wake in {fd for fd, _ in poll.poll()}:
                 os.read(self._wake, 1)
-                if self._far.lost:
-                    raise self._far.gone()
+                if self._peer.lost:
+                    raise self._peer.gone()
                 continue
             count = self._qemu.recv_into(buffer)
             if not count:
                 return self._ended()
-            self._far.link.send_bytes(link.DATA, buffer[:count])
+            self._peer.link.send_bytes(link.DATA, buffer[:count])
             self.sent += count
         return "loaded"
 
     def _ended(self) -> str:
-        standing = state.wait_for(self._path, lambda s: s.migration not in ("active", "device"), 10, "to end the move")
-        if standing.given_away or standing.migration.startswith("postcopy-a"):
+        guest_state = state.wait_for(
+            self._path, lambda s: s.migration not in ("active", "device"), 10, "to end the move"
+        )
+        if guest_state.given_away or guest_state.migration.startswith("postcopy-a"):
             return "over"
-        raise CannotDo(f"QEMU gave up: {standing.reason}" if standing.reason else "QEMU gave up")
+        raise CannotDo(f"QEMU gave up: {guest_state.reason}" if guest_state.reason else "QEMU gave up")
 
     def answer(self, status: int) -> None:
         """As `relay.answer`."""
         relay.answer(self._qemu, status)
 
-    def _hear(self, frame: Frame | None) -> bool:
+    def _hear(self, frame: LinkFrame | None) -> bool:
         if frame is None or frame.kind == link.REFUSE:
-            self._far.lost = True
+            self._peer.lost = True
             os.write(self._waker, b"x")
             return bool(self._other and self._other(frame))
         if frame.kind == link.BACK:
@@ -80,38 +82,38 @@ class Crossing:
         return False
 
 
-def finish_postcopy(path: str, far: Far) -> str:
+def finish_postcopy(path: str, peer: Peer) -> str:
     """All pages are there: wait for QEMU's own end of it; the guest's run state there."""
-    standing = state.wait_for(path, lambda s: not s.moving or s.migration == "postcopy-paused", 60, "to complete")
-    if not standing.given_away:
-        raise CannotDo(f"QEMU ended the move as '{standing.migration}': {standing.reason}")
-    return str(far.expect(link.RUNNING, ANSWERS).values.get("state"))
+    guest_state = state.wait_for(path, lambda s: not s.moving or s.migration == "postcopy-paused", 60, "to complete")
+    if not guest_state.given_away:
+        raise CannotDo(f"QEMU ended the move as '{guest_state.migration}': {guest_state.reason}")
+    return str(peer.expect(link.RUNNING, ANSWERS).values.get("state"))
 
 
-def resume(path: str, way: Way, move: str) -> str:
+def resume(path: str, transport: Transport, move: str) -> str:
     """Take up a move whose link was lost when the guest had crossed over; its run state there.
 
     Unsettled where the link is lost again, or the other side has no such guest.
     """
-    hint = f"once the way is there again: vm-migrate --settle {path} {way.uri}"
+    hint = f"once the way is there again: vm-migrate --settle {path} {transport.uri}"
     state.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
-    far = Far(way)
+    peer = Peer(transport)
     ours, theirs = channel()
     try:
-        far.ask("resume", move=move)
-        crossing = Crossing(path, ours, far)
+        peer.ask("resume", move=move)
+        bridge = PostcopyBridge(path, ours, peer)
         with Monitor(path) as monitor:
-            monitor.give(outgoing.NAME, theirs.fileno())
+            monitor.send_fd(outgoing.NAME, theirs.fileno())
             monitor.ask("migrate", uri=f"fd:{outgoing.NAME}", resume=True)
         theirs.close()
-        crossing.run()
-        return finish_postcopy(path, far)
+        bridge.run()
+        return finish_postcopy(path, peer)
     except VmstateError as error:
         raise Unsettled(f"the guest of {path} runs on the other side, and lacks pages: {error}", hint) from error
     finally:
         ours.close()
         theirs.close()
-        far.leave()
+        peer.leave()
 
 
 def _require_taken(found: markers.Marks, path: str, move: str) -> None:
@@ -130,7 +132,7 @@ def recover(path: str, move: str) -> socket.socket:
         if markers.ARRIVED not in found:
             # The link was lost in the moment of its crossing.
             decision.arrive(monitor, found[markers.TAKEN], control.rhythm_of(monitor))
-        monitor.give(outgoing.NAME, theirs.fileno())
+        monitor.send_fd(outgoing.NAME, theirs.fileno())
         monitor.ask("migrate-recover", uri=f"fd:{outgoing.NAME}")
     theirs.close()
     return ours

@@ -11,8 +11,8 @@ from ..qemu import cpu_features
 from ..qemu.incoming import DEVICES, differences
 from ..qemu.inventory import Facts as Facts
 from ..qemu.inventory import facts as facts
-from .finding import THERE, Finding, _error, _warning
-from .preflight_disks import _disks
+from .finding import THERE, Finding, new_error, new_warning
+from .preflight_disks import compare_disks
 
 # Where a device has a place of its own in the stream, and where the chips are, in which versions of QEMU may differ.
 BUSES = frozenset(("IDE", "SCSI", "usb-bus", "virtio-serial-bus", "floppy-bus", "HDA", ""))
@@ -28,19 +28,19 @@ OWN_WORDS = {
 def compare(source: Facts, there: Facts) -> list[Finding]:
     """What is in the way of `source` on its way to the one that waits `there`; errors first."""
     found: list[Finding] = []
-    for judge, keys in JUDGES:
+    for check, keys in CHECKS:
         if all(key in facts for key in keys for facts in (source, there)):
             try:
-                found += judge(source, there)
+                found += check(source, there)
             except (AttributeError, LookupError, TypeError, ValueError):
                 text = f"cannot compare {' and '.join(keys) or 'all'}: the two sides tell it in different ways"
-                found.append(_warning(text, "use one version of this toolkit on both hosts"))
+                found.append(new_warning(text, "use one version of this toolkit on both hosts"))
     return sorted(found, key=lambda finding: finding.level != "error")
 
 
 def _blocked(source: Facts, _there: Facts) -> Iterator[Finding]:
     for reason in source.get("blocked", []):
-        yield _error(f"the guest cannot be moved: {reason}", BLOCKED)
+        yield new_error(f"the guest cannot be moved: {reason}", BLOCKED)
 
 
 def _nested(source: Facts, _there: Facts) -> Iterator[Finding]:
@@ -49,7 +49,7 @@ def _nested(source: Facts, _there: Facts) -> Iterator[Finding]:
         # TCG's default CPU has it, and its state of it is whole.
         if source.get("kvm") and cpu_features.has(features, name):
             text = f"the guest's CPU has {name}: it may run guests of its own, which a move can crash"
-            yield _warning(text, f"end the guests inside before, or start guests with -cpu ...,-{name}")
+            yield new_warning(text, f"end the guests inside before, or start guests with -cpu ...,-{name}")
 
 
 def _layout(source: Facts, there: Facts) -> Iterator[Finding]:
@@ -60,35 +60,35 @@ def _layout(source: Facts, there: Facts) -> Iterator[Finding]:
         # Those of PCI devices and tables come with what they belong to, and that is compared.
         if not name.startswith(("/", "0000:")):
             found.append((f"the one there has a RAM block '{name}' that the guest has not", DEVICES))
-    return (_error(text, hint) for text, hint in found)
+    return (new_error(text, hint) for text, hint in found)
 
 
 def _version(source: Facts, there: Facts) -> Iterator[Finding]:
     ours, theirs = (".".join(map(str, facts["qemu"])) for facts in (source, there))
     if there["qemu"] < source["qemu"]:
         text = f"the guest's QEMU is {ours}, the one there is older: {theirs}"
-        yield _warning(text, "QEMU promises only moves to the same or a newer version")
+        yield new_warning(text, "QEMU promises only moves to the same or a newer version")
 
 
 def _accelerator(source: Facts, there: Facts) -> Iterator[Finding]:
     if source["kvm"] and not there["kvm"]:
-        yield _error("the guest runs on KVM, the one there without", "start the QEMU there with -accel kvm")
+        yield new_error("the guest runs on KVM, the one there without", "start the QEMU there with -accel kvm")
     elif there["kvm"] and not source["kvm"]:
         text = "the guest runs without KVM, the one there on it"
-        yield _warning(text, f"{THERE} -accel")
+        yield new_warning(text, f"{THERE} -accel")
 
 
 def _vcpus(source: Facts, there: Facts) -> Iterator[Finding]:
     if source["vcpus"] != there["vcpus"]:
         text = f"the guest has {source['vcpus']} vCPUs, the one there has {there['vcpus']}"
-        yield _error(text, f"start the QEMU there with -smp {source['vcpus']}")
+        yield new_error(text, f"start the QEMU there with -smp {source['vcpus']}")
 
 
 def _cpus(source: Facts, there: Facts) -> Iterator[Finding]:
     ours, theirs = source["cpu"], there["cpu"]
     if ours.get("type") != theirs.get("type") and ours.get("type") and theirs.get("type"):
         text = f"the guest's CPU is a {ours['type']}, the one there a {theirs['type']}"
-        yield _warning(text, f"{THERE} -cpu")
+        yield new_warning(text, f"{THERE} -cpu")
     if "features" in ours and "features" in theirs:
         kvm = source["kvm"] and there["kvm"]
         yield from _differing(_features(ours, kvm), _features(theirs, kvm))
@@ -97,14 +97,16 @@ def _cpus(source: Facts, there: Facts) -> Iterator[Finding]:
 def _differing(want: dict[str, int], have: dict[str, int]) -> Iterator[Finding]:
     lacking = cpu_features.lacking(want, have)
     for name in [name for name in lacking if name in OWN_WORDS]:
-        yield _error(OWN_WORDS[name], f"start the QEMU there with -cpu ...,+{name}")
+        yield new_error(OWN_WORDS[name], f"start the QEMU there with -cpu ...,+{name}")
         lacking.remove(name)
     if lacking:
         text = f"the CPU there lacks features that the guest's has: {', '.join(lacking)}"
-        yield _error(text, f"{THERE} -cpu, on a host that has them, or start guests with a -cpu that both hosts have")
+        yield new_error(
+            text, f"{THERE} -cpu, on a host that has them, or start guests with a -cpu that both hosts have"
+        )
     if more := cpu_features.lacking(have, want):
         text = f"the CPU there has features that the guest's has not: {', '.join(more)}"
-        yield _warning(text, f"{THERE} -cpu")
+        yield new_warning(text, f"{THERE} -cpu")
 
 
 def _features(cpu: Facts, kvm: bool) -> dict[str, int]:
@@ -118,7 +120,7 @@ def _devices(source: Facts, there: Facts) -> Iterator[Finding]:
         ours_at, theirs_at = ours.get(at), theirs.get(at)
         if _card(ours_at) != _card(theirs_at):
             text = f"at PCI address {at} the guest has {_card(ours_at)}, the one there has {_card(theirs_at)}"
-            yield _error(text, _start_with(at, ours_at, theirs_at))
+            yield new_error(text, _start_with(at, ours_at, theirs_at))
     counted, counted_there = Counter(_others(source)), Counter(_others(there))
     for device in sorted(counted.keys() | counted_there.keys()):
         has, has_there = counted[device], counted_there[device]
@@ -158,12 +160,12 @@ def _cards(source: Facts, there: Facts) -> Iterator[Finding]:
         ours, theirs = card.get("subnets", []), other.get("subnets", [])
         if ours and theirs and not set(ours) & set(theirs):
             text = f"card {card['mac']} is in {' and '.join(ours)}, and there in {' and '.join(theirs)}"
-            yield _warning(f"{text}: not the same subnet", "plug its tap there into a bridge of the same subnet")
+            yield new_warning(f"{text}: not the same subnet", "plug its tap there into a bridge of the same subnet")
 
 
-Judge = Callable[[Facts, Facts], Iterable[Finding]]
+Check = Callable[[Facts, Facts], Iterable[Finding]]
 # With what each has to know of both.
-JUDGES: tuple[tuple[Judge, tuple[str, ...]], ...] = (
+CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (_blocked, ()),
     (_nested, ()),
     (_layout, ("machine", "blocks")),
@@ -172,6 +174,6 @@ JUDGES: tuple[tuple[Judge, tuple[str, ...]], ...] = (
     (_vcpus, ("vcpus",)),
     (_cpus, ("cpu", "kvm")),
     (_devices, ("devices",)),
-    (_disks, ("disks",)),
+    (compare_disks, ("disks",)),
     (_cards, ("nics",)),
 )

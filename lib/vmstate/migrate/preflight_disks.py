@@ -5,7 +5,7 @@ from typing import Any
 
 from ..qemu.incoming import DEVICES
 from ..qemu.inventory import Facts as Facts
-from .finding import THERE, Finding, _error, _warning
+from .finding import THERE, Finding, new_error, new_warning
 
 KINDS: dict[str, Callable[[Any], str]] = {
     "format": lambda name: f"format {name}",
@@ -15,7 +15,7 @@ KINDS: dict[str, Callable[[Any], str]] = {
 ONE_IMAGE = "both must have one image open: on shared storage, or the same device"
 
 
-def _disks(source: Facts, there: Facts) -> Iterator[Finding]:
+def compare_disks(source: Facts, there: Facts) -> Iterator[Finding]:
     one_host = bool(source.get("host")) and source.get("host") == there.get("host")
     left = list(there["disks"])
     for disk, other in _pairs(source["disks"], left):
@@ -23,10 +23,12 @@ def _disks(source: Facts, there: Facts) -> Iterator[Finding]:
             left.remove(other)
             yield from _disk(disk, other, one_host)
         elif disk["medium"]:
-            yield _error(f"{_name(disk)} is not there", f"{THERE} -drive or -blockdev, and the same -device")
+            yield new_error(f"{_name(disk)} is not there", f"{THERE} -drive or -blockdev, and the same -device")
     for disk in left:
         if disk["medium"] or not disk.get("removable"):
-            yield _error(f"{_name(disk)} is there, and the guest has no such disk", "start the QEMU there without it")
+            yield new_error(
+                f"{_name(disk)} is there, and the guest has no such disk", "start the QEMU there without it"
+            )
 
 
 def _pairs(disks: list[Facts], there: list[Facts]) -> list[tuple[Facts, Facts | None]]:
@@ -51,34 +53,34 @@ def _disk(disk: Facts, other: Facts, one_host: bool) -> Iterator[Finding]:
     for key in ("device", "node"):
         if disk.get(key) != other.get(key):
             text = f"{_name(disk)} has another name there: expected '{disk.get(key)}', found '{other.get(key)}'"
-            yield _warning(text, f"{THERE} id and node-name in -drive and -blockdev")
+            yield new_warning(text, f"{THERE} id and node-name in -drive and -blockdev")
     # Where a PCI device is, has been compared.
     if disk.get("at") and other.get("at") and disk["at"] != other["at"] and " " in disk["at"] + other["at"]:
         text = f"{_name(disk)} is elsewhere there: expected at {disk['at']}, found at {other['at']}"
-        yield _error(text, DEVICES)
+        yield new_error(text, DEVICES)
     medium, found = disk["medium"], other["medium"]
     if medium and found:
         yield from _media(disk, medium, found, one_host)
     elif medium:
-        yield _error(f"{_name(disk)} has no medium there", "insert it there: blockdev-change-medium")
+        yield new_error(f"{_name(disk)} has no medium there", "insert it there: blockdev-change-medium")
     elif found:
-        yield _warning(f"{_name(other)} has a medium there only", "eject it there, or the guest finds it inserted")
+        yield new_warning(f"{_name(other)} has a medium there only", "eject it there, or the guest finds it inserted")
 
 
 def _media(disk: Facts, ours: Facts, theirs: Facts, one_host: bool) -> Iterator[Finding]:
     name = _name(disk)
     if ours.get("temporary"):
         text = f"{name}: what the guest writes is in a temporary file, which nobody else can open"
-        yield _error(text, "start the guest without -snapshot, or copy the disk to where both see it (drive-mirror)")
+        yield new_error(text, "start the guest without -snapshot, or copy the disk to where both see it (drive-mirror)")
     if theirs.get("temporary"):
         text = f"{name}: what the guest would write there is in a temporary file, and lost with its end"
-        yield _error(text, "start the QEMU there without -snapshot")
+        yield new_error(text, "start the QEMU there without -snapshot")
     if ours.get("temporary") or theirs.get("temporary"):
         return
     for key, words in KINDS.items():
         if key in ours and key in theirs and ours[key] != theirs[key]:
             text = f"{name} differs there: expected {words(ours[key])}, found {words(theirs[key])}"
-            yield _error(text, ONE_IMAGE if key == "size" else f"{THERE} -drive or -blockdev")
+            yield new_error(text, ONE_IMAGE if key == "size" else f"{THERE} -drive or -blockdev")
     # What is in a flash of firmware travels with the guest.
     if ours.get("size") == theirs.get("size") and not str(disk.get("type")).startswith("cfi.pflash"):
         yield from _images(name, ours, theirs, one_host)
@@ -87,10 +89,10 @@ def _media(disk: Facts, ours: Facts, theirs: Facts, one_host: bool) -> Iterator[
 def _images(name: str, ours: Facts, theirs: Facts, one_host: bool) -> Iterator[Finding]:
     same = _same(ours, theirs, one_host)
     if same is False:
-        yield _error(f"{name}: expected the same image there, found another one, {theirs['name']}", ONE_IMAGE)
+        yield new_error(f"{name}: expected the same image there, found another one, {theirs['name']}", ONE_IMAGE)
     elif same is None:
         text = f"{name}: cannot tell whether {theirs['name']} there is the same image"
-        yield _warning(text, f"{ONE_IMAGE}; a copy is out of date as soon as the guest writes")
+        yield new_warning(text, f"{ONE_IMAGE}; a copy is out of date as soon as the guest writes")
 
 
 def _same(ours: Facts, theirs: Facts, one_host: bool) -> bool | None:

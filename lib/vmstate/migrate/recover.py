@@ -8,36 +8,36 @@ from ..qemu import control, markers, settings, state
 from ..qemu.monitor import Monitor
 from ..signals import no_more_signals
 from . import decision, link
-from .decision import standing_of
+from .decision import migration_state
 from .postcopy_link import resume
-from .remote import Far
-from .uri import Way
+from .remote import Peer
+from .uri import Transport
 
 
-def go(way: Way, move: str) -> str:
+def go(transport: Transport, move: str) -> str:
     """Ask the other side for the guest of this move and, where it waits for it, say go; its run state there.
 
     Unsettled where it is not there any more, CannotDo where the other side is not reached.
     """
-    far = Far(way)
+    peer = Peer(transport)
     try:
-        there = far.ask("settle", move=move)
+        there = peer.ask("settle", move=move)
         if there.get("move") == move and there.get("state") == "running":
             return str(there.get("run"))
         if there.get("move") != move or there.get("state") != "loaded":
             raise Unsettled(f"the guest of this move is not there: the one there is '{there.get('state')}'")
-        far.tell(link.GO, move=move)
-        return str(far.expect(link.RUNNING, link.ANSWERS).values.get("state"))
+        peer.tell(link.GO, move=move)
+        return str(peer.expect(link.RUNNING, link.ANSWERS).values.get("state"))
     finally:
-        far.leave()
+        peer.leave()
 
 
-def settle(path: str, way: Way | None, *, sure: bool = False) -> dict[str, Any]:
+def settle(path: str, transport: Transport | None, *, sure: bool = False) -> dict[str, Any]:
     """Take the way out for the guest at `path`; where it runs then: `where` 'here' or 'there'.
 
     Unsettled where it cannot be told, with what a person must know before.
     """
-    here = standing_of(path)
+    here = migration_state(path)
     move = str(here.get("move"))
     if here["state"] == "gone":
         raise CannotDo(f"no guest at {path}: its QEMU has ended", "settle it on the other side")
@@ -45,77 +45,79 @@ def settle(path: str, way: Way | None, *, sure: bool = False) -> dict[str, Any]:
         raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
     if here["state"] != "postcopy":
         no_more_signals()
-    outcome = _settle(path, way, here, sure)
+    outcome = _settle(path, transport, here, sure)
 
-    def tidy(monitor: Monitor) -> None:
+    def clear(monitor: Monitor) -> None:
         if outcome["where"] == "there":
             decision.heard(monitor, move)
-        settings.tidy(monitor)
+        settings.clear_leftovers(monitor)
 
     with contextlib.suppress(VmstateError):
-        state.patiently(path, tidy)
+        state.with_retry(path, clear)
     return outcome
 
 
-def _settle(path: str, way: Way | None, here: dict[str, Any], sure: bool) -> dict[str, Any]:
+def _settle(path: str, transport: Transport | None, here: dict[str, Any], sure: bool) -> dict[str, Any]:
     move = str(here.get("move"))
     if here["state"] == "postcopy":
-        if way is None or "ran" not in here["facts"]:
+        if transport is None or "ran" not in here["facts"]:
             text = f"the guest at {path} has crossed over, and one side has pages that the other lacks"
             raise Unsettled(text, "on its source: vm-migrate --settle GUEST URI takes the move up again")
-        return {"guest": path, "where": "there", "state": resume(path, way, move)}
+        return {"guest": path, "where": "there", "state": resume(path, transport, move)}
     if here["state"] == "loaded":
-        return _destination(path, way, move, here["facts"], sure)
+        return _destination(path, transport, move, here["facts"], sure)
     if here["state"] in ("given", "granted") and here.get("move"):
-        return _source(path, way, move)
-    if here["state"] == "here" and here.get("move") and way:
-        _forget(path, way, move)
+        return _source(path, transport, move)
+    if here["state"] == "here" and here.get("move") and transport:
+        _forget(path, transport, move)
     return {"guest": path, "where": "here", "state": here["run"]}
 
 
-def _forget(path: str, way: Way, move: str) -> None:
+def _forget(path: str, transport: Transport, move: str) -> None:
     """Where the other side does not hold the guest of a move that was taken back, nobody will ask for it any more."""
     with contextlib.suppress(VmstateError):
-        if _ask(way, move) not in ("loaded", "loading"):
-            state.patiently(path, markers.clear)
+        if _ask(transport, move) not in ("loaded", "loading"):
+            state.with_retry(path, markers.clear)
 
 
-def _source(path: str, way: Way | None, move: str) -> dict[str, Any]:
+def _source(path: str, transport: Transport | None, move: str) -> dict[str, Any]:
     """One that was given away: forward if the other side has it, else back if it has not been granted."""
     force = f"only once it is gone there: vm-cont --force {path}"
     try:
-        there = _ask(way, move) if way else "not asked"
+        there = _ask(transport, move) if transport else "not asked"
     except VmstateError as error:
         there = f"not reached: {error}"
     if (
         there in ("loaded", "running")
-        and state.patiently(path, lambda monitor: decision.grant(monitor, move)) == "granted"
+        and state.with_retry(path, lambda monitor: decision.grant(monitor, move)) == "granted"
     ):
-        assert way
+        assert transport
         try:
-            return {"guest": path, "where": "there", "state": go(way, move)}
+            return {"guest": path, "where": "there", "state": go(transport, move)}
         except VmstateError as error:
             raise Unsettled(f"the guest at {path} was given away, and does not run there: {error}", force) from error
-    if state.patiently(path, decision.take_back_given):
-        return {"guest": path, "where": "here", "state": state.glance(path).run}
+    if state.with_retry(path, decision.take_back_given):
+        return {"guest": path, "where": "here", "state": state.query_once(path).run}
     text = f"the guest at {path} was given away, and may run where it was sent to ({there})"
-    raise Unsettled(text, *([] if way else [f"to ask there: vm-migrate --settle {path} URI"]), force)
+    raise Unsettled(text, *([] if transport else [f"to ask there: vm-migrate --settle {path} URI"]), force)
 
 
-def _ask(way: Way, move: str) -> str:
-    far = Far(way)
+def _ask(transport: Transport, move: str) -> str:
+    peer = Peer(transport)
     try:
-        there = far.ask("settle", move=move)
+        there = peer.ask("settle", move=move)
     finally:
-        far.leave()
+        peer.leave()
     return str(there.get("state")) if there.get("move") == move else "not there"
 
 
-def _destination(path: str, way: Way | None, move: str, facts: dict[str, Any], sure: bool) -> dict[str, Any]:
+def _destination(
+    path: str, transport: Transport | None, move: str, facts: dict[str, Any], sure: bool
+) -> dict[str, Any]:
     """One that was loaded: it runs only when its source has let it go, or is gone."""
     source = f"{facts.get('path')} on {facts.get('host')}"
     if not sure:
-        _require_grant(path, way, move, facts, source)
+        _require_grant(path, transport, move, facts, source)
 
     def arrive(monitor: Monitor) -> str:
         state = decision.arrive(monitor, facts)
@@ -124,25 +126,25 @@ def _destination(path: str, way: Way | None, move: str, facts: dict[str, Any], s
         return state
 
     try:
-        return {"guest": path, "where": "here", "state": state.patiently(path, arrive)}
+        return {"guest": path, "where": "here", "state": state.with_retry(path, arrive)}
     except VmstateError as error:
         raise Unsettled(f"the guest at {path} has been let go by its source, but does not run: {error}") from error
 
 
-def _require_grant(path: str, way: Way | None, move: str, facts: dict[str, Any], source: str) -> None:
+def _require_grant(path: str, transport: Transport | None, move: str, facts: dict[str, Any], source: str) -> None:
     sure = f"only if it has not gone on at its source: vm-migrate --settle --i-am-sure {path}"
-    if way is None:
+    if transport is None:
         hint = f"vm-migrate --settle {path} URI, with URI the way to {source}"
         raise Unsettled(
             f"the guest at {path} was loaded, and whether its source has let it go is not known", hint, sure
         )
-    far = Far(way)
+    peer = Peer(transport)
     try:
-        there = far.ask("grant", move=move)
+        there = peer.ask("grant", move=move)
     except VmstateError as error:
         raise Unsettled(f"the source of the guest at {path}, {source}, was not reached: {error}", sure) from error
     finally:
-        far.leave()
+        peer.leave()
     state = there.get("state")
     if state == "granted":
         return

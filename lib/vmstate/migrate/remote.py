@@ -9,28 +9,28 @@ from typing import Any
 
 from ..errors import CannotDo, Damaged, VmstateError
 from ..io.pipeline import end_group, words_of_status
-from .link import ACCEPT, ANSWERS, ENDS, HELLO, MANY, REFUSE, VERSION, Frame, Link, error_of
-from .uri import Way
+from .link import ACCEPT, ANSWERS, ENDS, HELLO, MANY, REFUSE, VERSION, Link, LinkFrame, error_of
+from .uri import Transport
 
 
 class Silent(CannotDo):
     """The other side has not answered in time."""
 
 
-class Far:
+class Peer:
     """The other side, as the process that carries the link to it, and what it has said so far."""
 
-    def __init__(self, way: Way) -> None:
-        self.way = way
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
         pipe = subprocess.PIPE
-        if way.command is not None:
-            words = ["bash", "-o", "pipefail", "-c", way.command]
+        if transport.command is not None:
+            words = ["bash", "-o", "pipefail", "-c", transport.command]
             self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, start_new_session=True)
         else:
-            self._process = _start(way.argv())
+            self._process = _start(transport.argv())
         assert self._process.stdin and self._process.stdout
-        self.link = Link(self._process.stdout.fileno(), self._process.stdin.fileno(), sums=way.sums)
-        self._said: queue.SimpleQueue[Frame | None | VmstateError] = queue.SimpleQueue()
+        self.link = Link(self._process.stdout.fileno(), self._process.stdin.fileno(), sums=transport.sums)
+        self._said: queue.SimpleQueue[LinkFrame | None | VmstateError] = queue.SimpleQueue()
         # Called with what has come, in the thread that hears it; true: that was all it is for.
         self.heard: Any = None
         self.lost = False
@@ -51,7 +51,7 @@ class Far:
         except OSError as error:
             raise self.gone() from error
 
-    def expect(self, kind: int, seconds: float) -> Frame:
+    def expect(self, kind: int, seconds: float) -> LinkFrame:
         """The next frame, which is of this kind; CannotDo where there is none, or another, in time."""
         try:
             said = self._said.get(timeout=seconds)
@@ -65,7 +65,7 @@ class Far:
             self._refusal = error_of(said.values)
         if self._refusal:
             raise self._refusal
-        assert isinstance(said, Frame)
+        assert isinstance(said, LinkFrame)
         if said.kind != kind:
             text = f"the other side said '{chr(said.kind)}' where '{chr(kind)}' was expected"
             raise Damaged(text, "is it a vm-restore --commit of the same version?")
@@ -107,7 +107,7 @@ class Far:
         return None
 
     def cut(self) -> None:
-        if self.way.command is not None:
+        if self.transport.command is not None:
             end_group(self._process.pid, self._process)
         else:
             self._process.kill()

@@ -13,18 +13,18 @@ from ..qemu import control, markers, settings
 from ..qemu.incoming import require_waiting
 from ..qemu.launch import Process, check_arguments, monitor_path
 from ..qemu.monitor import Monitor
-from ..qemu.state import look, patiently
+from ..qemu.state import query, with_retry
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals
 from . import decision, filters, finding, link, preflight
-from .destination import Plan, Taking, move_of
-from .link import Frame, Link
+from .destination import IncomingMigration, ReceivePlan, move_of
+from .link import Link, LinkFrame
 
 
 class Receive:
     """One conversation over two descriptors, from the other side's hello to its end."""
 
-    def __init__(self, plan: Plan, report: Report, reading: int, writing: int) -> None:
+    def __init__(self, plan: ReceivePlan, report: Report, reading: int, writing: int) -> None:
         self._plan = plan
         self._report = report
         self._link = Link(reading, writing)
@@ -73,11 +73,11 @@ class Receive:
             no_more_signals()
             self._end_process()
             raise
-        taking = Taking(self._plan, path, self._report, self._link, self._hello, self._process)
-        return taking.run([finding.as_dict() for finding in findings])
+        migration = IncomingMigration(self._plan, path, self._report, self._link, self._hello, self._process)
+        return migration.run([finding.as_dict() for finding in findings])
 
     def _resume(self) -> dict[str, Any]:
-        return Taking(self._plan, self._path(), self._report, self._link, self._hello, None).resume()
+        return IncomingMigration(self._plan, self._path(), self._report, self._link, self._hello, None).resume()
 
     def _check(self) -> dict[str, Any]:
         """As a move, but for the move."""
@@ -109,7 +109,7 @@ class Receive:
     def _settle(self) -> dict[str, Any]:
         """Say where the guest stands; a source that has granted it may then say go."""
         path = self._path()
-        values = decision.standing_of(path)
+        values = decision.migration_state(path)
         self._link.tell(link.ACCEPT, **values)
         while frame := self._link.receive():
             if frame.kind == link.GO:
@@ -121,22 +121,22 @@ class Receive:
         def go(monitor: Monitor) -> str:
             found = markers.read(monitor)
             if found.get(markers.ARRIVED, {}).get("move") == move:
-                return look(monitor).run
+                return query(monitor).run
             if found.get(markers.TAKEN, {}).get("move") != move:
                 raise CannotDo(f"the guest at {path} is not the one of this move")
             state = decision.arrive(monitor, found[markers.TAKEN])
             with contextlib.suppress(VmstateError):
-                settings.tidy(monitor)
+                settings.clear_leftovers(monitor)
                 control.announce(monitor)
             return state
 
-        return {"state": patiently(path, go)}
+        return {"state": with_retry(path, go)}
 
     def _grant(self) -> dict[str, Any]:
         """Here is the source: let its guest go, if it was given away in this move."""
         path, move = self._path(), move_of(self._hello)
         try:
-            state = patiently(path, lambda monitor: decision.grant(monitor, move))
+            state = with_retry(path, lambda monitor: decision.grant(monitor, move))
         except GuestGone:
             state = "gone"
         self._link.tell(link.ACCEPT, state=state, guest=path, host=socket.gethostname())
@@ -150,7 +150,7 @@ class Receive:
             raise CannotDo("the receiver starts a QEMU of its own, and does not know where one from before is")
         return path
 
-    def _expect(self, kind: int, seconds: float) -> Frame:
+    def _expect(self, kind: int, seconds: float) -> LinkFrame:
         if not self._link.comes(seconds):
             raise CannotDo(f"nothing came over the link in {seconds:.0f} s")
         frame = self._link.receive()

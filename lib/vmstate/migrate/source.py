@@ -19,18 +19,18 @@ from ..progress import Progress
 from ..qemu import control, markers, outgoing
 from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Monitor
-from ..qemu.state import glance, look, patiently
+from ..qemu.state import query, query_once, with_retry
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals, signals_wait, step_back
 from . import decision, filters, link, preflight, recover, remote
-from .direct import Plan
+from .direct import MigratePlan
 from .filters import Filter
 from .finding import Finding
-from .link import Frame
+from .link import LinkFrame
 from .pacing import FIRST_PAUSE, Watch
-from .postcopy_link import Crossing, finish_postcopy
-from .remote import Far
-from .uri import Way
+from .postcopy_link import PostcopyBridge, finish_postcopy
+from .remote import Peer
+from .uri import Transport
 
 # A receiver that has heard 'go' needs no more than this, if it is there at all.
 RUNS = 10.0
@@ -38,29 +38,29 @@ RUNS = 10.0
 SOON = 1.0
 
 
-class Commit:
+class OutgoingHandover:
     """One move, from its plan to its outcome."""
 
-    def __init__(self, plan: Plan, way: Way, report: Report, mode: str) -> None:
+    def __init__(self, plan: MigratePlan, transport: Transport, report: Report, mode: str) -> None:
         self._plan = plan
-        self._way = way
+        self._transport = transport
         self._report = report
         self._mode = mode
         self._started = time.monotonic()
         self._move = secrets.token_hex(8)
         self._ours, self._theirs = channel(link.ROOM)
         self._filter: Filter | None = None
-        self._outgoing: Outgoing | Crossing | None = None
-        self._crossing: Crossing | None = None
+        self._outgoing: Outgoing | PostcopyBridge | None = None
+        self._bridge: PostcopyBridge | None = None
         self._sent = False
         self._given = False
         self._near: Monitor | None = None
-        self._far: Far | None = None
+        self._peer: Peer | None = None
         self._reason: VmstateError | None = None
         downtime = FIRST_PAUSE if plan.downtime is None else plan.downtime
         mark = {"uri": plan.target.uri, "move": self._move, **({"log": os.path.abspath(plan.log)} if plan.log else {})}
         on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
-        self._sending = outgoing.Sending(
+        self._migration = outgoing.OutgoingMigration(
             plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark, live_anyway=plan.live_anyway
         )
         self._guard: Guard | None = None
@@ -68,11 +68,11 @@ class Commit:
     def check(self) -> dict[str, Any]:
         """Ask both sides, and send nothing."""
         facts = self._facts()
-        far = self._open()
+        peer = self._open()
         try:
-            findings = self._findings(far.ask("check", **self._hello(facts)))
+            findings = self._findings(peer.ask("check", **self._hello(facts)))
         finally:
-            far.leave()
+            peer.leave()
         return {"guest": self._plan.path, "uri": self._plan.target.uri, "findings": findings, "ram": facts.get("ram")}
 
     def begin(self) -> None:
@@ -80,7 +80,7 @@ class Commit:
         if self._plan.postcopy and not self._plan.live_anyway:
             why = "--postcopy cannot pause it first"
             outgoing.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
-        self._guard = Guard(self._plan.path, self._sending.found.owner, move=self._move)
+        self._guard = Guard(self._plan.path, self._migration.saved.owner, move=self._move)
         try:
             self._agree()
             self._start()
@@ -107,14 +107,14 @@ class Commit:
 
     def _facts(self) -> dict[str, Any]:
         with signals_wait(), Monitor(self._plan.path) as monitor:
-            standing = outgoing.require_sendable(monitor, self._plan.path)
-            return {**preflight.facts(monitor), "run": standing.run in ("running", "suspended")}
+            guest_state = outgoing.require_sendable(monitor, self._plan.path)
+            return {**preflight.facts(monitor), "run": guest_state.run in ("running", "suspended")}
 
-    def _open(self) -> Far:
+    def _open(self) -> Peer:
         hold_signals()
-        self._far = Far(self._way)
+        self._peer = Peer(self._transport)
         release_signals()
-        return self._far
+        return self._peer
 
     def _hello(self, facts: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -144,53 +144,53 @@ class Commit:
     # sending
 
     def _start(self) -> None:
-        far = self._far
-        assert far
-        self._far_hears(far)
+        peer = self._peer
+        assert peer
+        self._peer_hears(peer)
         if self._plan.through:
             hold_signals()
-            self._filter = Filter(self._plan.through, far)
+            self._filter = Filter(self._plan.through, peer)
             release_signals()
             self._outgoing = Outgoing(self._ours, self._filter.fd, whole=True)
         else:
-            self._outgoing = self._crossing = Crossing(self._plan.path, self._ours, far)
+            self._outgoing = self._bridge = PostcopyBridge(self._plan.path, self._ours, peer)
         hold_signals()
         assert self._guard
-        self._sending.start(self._theirs.fileno(), stopped=False, watch=self._guard.watch)
+        self._migration.start(self._theirs.fileno(), stopped=False, watch=self._guard.watch)
         release_signals()
         self._theirs.close()
-        if self._sending.paused_first:
-            self._report.warning(paused_first_words(self._sending.paused_first, self._plan.path, "it runs there"))
+        if self._migration.paused_first:
+            self._report.warning(paused_first_words(self._migration.paused_first, self._plan.path, "it runs there"))
 
-    def _far_hears(self, far: Far) -> None:
+    def _peer_hears(self, peer: Peer) -> None:
         """A refusal in the midst of the data ends the sending."""
 
-        def hear(frame: Frame | None) -> bool:
+        def hear(frame: LinkFrame | None) -> bool:
             if frame is None or frame.kind == link.REFUSE:
                 self._interrupt(None)
             return False
 
-        far.heard = hear
+        peer.heard = hear
 
     def _interrupt(self, reason: VmstateError | None) -> None:
         """From another thread: `_send` ends over it, in the midst of a read of QEMU's bytes."""
         self._reason = self._reason or reason
-        if reason and self._far:
+        if reason and self._peer:
             # What we write may be stuck in it.
-            self._far.cut()
+            self._peer.cut()
         if not self._sent:
             with contextlib.suppress(OSError):
                 self._ours.shutdown(socket.SHUT_RDWR)
 
     def _send(self) -> str:
         """Until everything is sent; 'over' where it is there as well, the guest having crossed over in postcopy."""
-        assert self._outgoing and self._far
-        watch = Watch(self._plan, self._outgoing, self._sending.found, self._interrupt)
+        assert self._outgoing and self._peer
+        watch = Watch(self._plan, self._outgoing, self._migration.saved, self._interrupt)
         if self._plan.postcopy:
             watch.switch = self._switch
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)), watch:
-            if self._crossing:
-                came = self._crossing.run()
+            if self._bridge:
+                came = self._bridge.run()
                 self._sent = True
                 return came
             assert isinstance(self._outgoing, Outgoing) and self._filter
@@ -200,35 +200,35 @@ class Commit:
                 raise self._filter.trouble() from error
             self._filter.finish()
         self._sent = True
-        self._far.tell(link.END, bytes=self._outgoing.sent)
+        self._peer.tell(link.END, bytes=self._outgoing.sent)
         return "sent"
 
     def _switch(self) -> None:
         """In another thread: have QEMU go over to postcopy, which it does unless it is done before."""
-        assert self._far and self._crossing
-        self._far.tell(link.SWITCH)
+        assert self._peer and self._bridge
+        self._peer.tell(link.SWITCH)
         with Monitor(self._plan.path) as monitor:
             # Before, since behind it nobody may take it back.
             if markers.decide(monitor, markers.GRANTED, self._move) == markers.GRANTED:
                 monitor.ask("migrate-start-postcopy")
 
     def _after_postcopy(self) -> str:
-        assert self._far
+        assert self._peer
         no_more_signals()
-        return finish_postcopy(self._plan.path, self._far)
+        return finish_postcopy(self._plan.path, self._peer)
 
     # the decision
 
     def _await_loaded(self) -> None:
         """The guest stands still: the monitor is kept for what comes behind it, if not for long."""
-        assert self._far
+        assert self._peer
         with contextlib.suppress(VmstateError), signals_wait():
             self._near = Monitor(self._plan.path).__enter__()
         try:
-            self._far.expect(link.LOADED, min(SOON, self._plan.commit))
+            self._peer.expect(link.LOADED, min(SOON, self._plan.commit))
         except remote.Silent:
             self._leave_monitor()
-            self._far.expect(link.LOADED, self._plan.commit)
+            self._peer.expect(link.LOADED, self._plan.commit)
 
     def _leave_monitor(self) -> None:
         if self._near:
@@ -237,10 +237,10 @@ class Commit:
 
     def _decide(self) -> str:
         """The state is loaded there and given away here: grant it, or take it back; where it runs then."""
-        path, far = self._plan.path, self._far
-        assert far
+        path, peer = self._plan.path, self._peer
+        assert peer
         try:
-            granted = self._grant(self._near) if self._near else patiently(path, self._grant)
+            granted = self._grant(self._near) if self._near else with_retry(path, self._grant)
         except VmstateError as error:
             self._leave_monitor()
             if not (isinstance(error, GuestGone) and self._given):
@@ -252,14 +252,14 @@ class Commit:
         if not granted:
             self._leave_monitor()
             self._leave(back=True)
-            why = "the link was lost" if far.lost else "the move was cancelled"
-            raise CannotDo(f"{why} before the guest was let go; it {words_of(glance(path).run)}")
+            why = "the link was lost" if peer.lost else "the move was cancelled"
+            raise CannotDo(f"{why} before the guest was let go; it {words_of(query_once(path).run)}")
         try:
-            far.tell(link.GO, move=self._move)
+            peer.tell(link.GO, move=self._move)
             step_back()
             # Leaving takes time, and others may want it now.
             self._leave_monitor()
-            state = str(far.expect(link.RUNNING, RUNS).values.get("state"))
+            state = str(peer.expect(link.RUNNING, RUNS).values.get("state"))
         except Exception as error:  # noqa: BLE001 - whatever it is, the guest has been granted
             self._leave_monitor()
             state = self._settle(error)
@@ -268,29 +268,29 @@ class Commit:
 
     def _grant(self, monitor: Monitor) -> bool:
         """In one conversation, so that nobody can take the guest back meanwhile."""
-        assert self._far
+        assert self._peer
         give_up = time.monotonic() + 60
-        while (standing := look(monitor)).moving or standing.run == "finish-migrate":
+        while (guest_state := query(monitor)).moving or guest_state.run == "finish-migrate":
             if time.monotonic() > give_up:
                 raise CannotDo("QEMU does not complete")
             time.sleep(0.001)
-        if not standing.given_away:
-            self._sending.taken_back(monitor)
+        if not guest_state.given_away:
+            self._migration.taken_back(monitor)
             return False
-        if self._far.lost and decision.take_back_given(monitor):
-            self._sending.found.put_back(monitor)
+        if self._peer.lost and decision.take_back_given(monitor):
+            self._migration.saved.put_back(monitor)
             return False
         self._given = True
         return markers.decide(monitor, markers.GRANTED, self._move) == markers.GRANTED
 
     def _settle(self, error: Exception) -> str:
         """The link was lost behind the grant: ask anew."""
-        assert self._far
-        self._far.cut()
+        assert self._peer
+        self._peer.cut()
         give_up = time.monotonic() + self._plan.commit
         while True:
             try:
-                return recover.go(self._way, self._move)
+                return recover.go(self._transport, self._move)
             except VmstateError as trouble:
                 if time.monotonic() > give_up or isinstance(trouble, Unsettled):
                     text = f"the guest was given away, and whether it runs there is not known: {error}; {trouble}"
@@ -310,14 +310,14 @@ class Commit:
         no_more_signals()
         if self._plan.postcopy and (crossed := self._crossed(error)):
             return crossed
-        doubt = self._sending.begun and self._may_be_loaded()
+        doubt = self._migration.begun and self._may_be_loaded()
         for end in (self._ours, self._theirs):
             end.close()
         if self._filter:
             self._filter.end()
-        standing, trouble = None, None
+        guest_state, trouble = None, None
         try:
-            standing = self._sending.take_back(doubt=doubt) if self._sending.begun else None
+            guest_state = self._migration.take_back(doubt=doubt) if self._migration.begun else None
         except VmstateError as found:
             trouble = found
         self._end_guard(trouble)
@@ -331,8 +331,8 @@ class Commit:
             return error
         if not isinstance(error, VmstateError):
             return error
-        if standing:
-            error.args = (f"{error}; the guest {words_of(standing.run)}",)
+        if guest_state:
+            error.args = (f"{error}; the guest {words_of(guest_state.run)}",)
         return error
 
     def _may_be_loaded(self) -> bool:
@@ -340,7 +340,7 @@ class Commit:
         if self._sent:
             return True
         try:
-            return glance(self._plan.path).run in ("finish-migrate", "postmigrate")
+            return query_once(self._plan.path).run in ("finish-migrate", "postmigrate")
         except VmstateError:
             return True
 
@@ -353,56 +353,56 @@ class Commit:
         """From the switchover on the guest is there, and its pages here: nothing can be undone."""
         path = self._plan.path
         try:
-            standing = glance(path)
+            guest_state = query_once(path)
         except GuestGone as gone:
             return Unsettled(
                 f"{gone}, when its guest may have crossed over", "without it the guest is lost: restore it"
             )
         except VmstateError:
             return None
-        if not standing.migration.startswith("postcopy"):
+        if not guest_state.migration.startswith("postcopy"):
             return None
         self._ours.close()
-        assert self._far
-        self._far.cut()
+        assert self._peer
+        self._peer.cut()
         why = self._reason_for(error) if isinstance(error, VmstateError) else "a signal came"
         text = f"the guest runs on the other side, and the link to its pages is lost: {why}"
         return Unsettled(text, self._settle_words())
 
     def _reason_for(self, error: BaseException) -> BaseException:
         """What came first: a limit of ours, the other side's refusal, the end of the link."""
-        if not isinstance(error, OSError | CannotDo | Damaged) or self._far is None:
+        if not isinstance(error, OSError | CannotDo | Damaged) or self._peer is None:
             return error
         if self._reason:
             return self._reason
-        if said := self._far.refusal():
+        if said := self._peer.refusal():
             return said
-        lost = isinstance(error, OSError) or (self._far.lost and self._sending.begun)
-        return self._far.gone() if lost else error
+        lost = isinstance(error, OSError) or (self._peer.lost and self._migration.begun)
+        return self._peer.gone() if lost else error
 
     def _leave(self, *, back: bool) -> None:
         """Say cancel, but only where the guest is known to be back: the other side may have the only whole one."""
-        if not self._far:
+        if not self._peer:
             return
-        if back and (self._sent or not self._sending.begun):
+        if back and (self._sent or not self._migration.begun):
             with contextlib.suppress(VmstateError):
-                self._far.tell(link.CANCEL)
-            self._far.leave()
+                self._peer.tell(link.CANCEL)
+            self._peer.leave()
         else:
             # In the midst of a frame there is nothing to say.
-            self._far.cut()
+            self._peer.cut()
 
     def _outcome(self, state: str) -> dict[str, Any]:
         path, info, here = self._plan.path, {}, "gone"
-        assert self._outgoing and self._far
+        assert self._outgoing and self._peer
         seconds = round(time.monotonic() - self._started, 3)
         # The guest has arrived, whatever becomes of this.
         with contextlib.suppress(VmstateError):
-            info = patiently(path, self._after_all)
+            info = with_retry(path, self._after_all)
         self._end_guard()
         with contextlib.suppress(GuestGone):
             here = control.finish(path, self._plan.after)
-        self._far.leave()
+        self._peer.leave()
         return {
             "guest": path,
             "state": here,
@@ -416,5 +416,5 @@ class Commit:
 
     def _after_all(self, monitor: Monitor) -> dict[str, Any]:
         decision.heard(monitor, self._move)
-        self._sending.found.put_back(monitor)
-        return look(monitor).info
+        self._migration.saved.put_back(monitor)
+        return query(monitor).info

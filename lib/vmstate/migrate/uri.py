@@ -18,7 +18,7 @@ QUICK = ("-o", "Ciphers=^aes128-gcm@openssh.com,aes256-gcm@openssh.com")
 
 
 @dataclass(frozen=True)
-class Way:
+class Transport:
     """To the other side: a shell's `command`, or ssh (`words`: it and its options) to run `remote` on `host`.
 
     sums: whether the data are to carry checksums.
@@ -37,17 +37,17 @@ class Way:
         return (*self.words, *quick, "--", self.host, self.remote)
 
 
-def way_of(uri: str) -> Way | None:
+def transport_of(uri: str) -> Transport | None:
     """The way that `link:COMMAND` or `ssh://[USER@]HOST[:PORT]/GUEST` names; None for another URI."""
     name, _, rest = uri.partition(":")
     if name == "link" and rest:
-        return Way(uri, command=rest)
+        return Transport(uri, command=rest)
     if name == "ssh" and rest.startswith("//"):
         return _over_ssh(uri)
     return None
 
 
-def _over_ssh(uri: str) -> Way:
+def _over_ssh(uri: str) -> Transport:
     try:
         parts = urlsplit(uri)
         port = parts.port
@@ -66,7 +66,7 @@ def _over_ssh(uri: str) -> Way:
     user = parts.netloc.rpartition("@")[0]
     ssh = (*shlex.split(os.environ.get("VM_SSH") or "ssh"), "-T", *ALIVE)
     ssh += (*(("-p", str(port)) if port else ()), *(("-l", user) if user else ()))
-    return Way(uri, words=ssh, host=host, remote=f"vm-restore --commit {shlex.quote(path)}", sums=False)
+    return Transport(uri, words=ssh, host=host, remote=f"vm-restore --commit {shlex.quote(path)}", sums=False)
 
 
 def has_aes() -> bool:

@@ -15,7 +15,7 @@ IFF_UP = 1
 FRESH = 1.0
 
 
-class Target(NamedTuple):
+class Egress(NamedTuple):
     """A card, the interface its frames are sent on, and the tap that this bridge shall find it behind.
 
     switched: it is a bridge of Open vSwitch, which is given the frames as from the tap.
@@ -32,29 +32,29 @@ class Target(NamedTuple):
         return self.tap or self.iface
 
 
-def target(nic: Nic, given: str | None = None) -> Target:
+def egress_of(nic: Nic, given: str | None = None) -> Egress:
     """Where a card (one with an interface) is announced, on `given` if that is not None; CannotDo if nowhere."""
     iface = nic.iface
     assert iface is not None
     if given is not None:
         _usable(given)
-        return Target(nic, given, iface if _is_tap(iface) and _master(iface) else None)
-    return Target(nic, *_place(iface))
+        return Egress(nic, given, iface if _is_tap(iface) and _master(iface) else None)
+    return Egress(nic, *_place(iface))
 
 
-class Places:
-    """`target` for many cards: what is seen of an interface counts for a second."""
+class EgressFinder:
+    """`egress_of` for many cards: what is seen of an interface counts for a second."""
 
     def __init__(self, given: str | None = None) -> None:
         self._given = given
-        self._seen: dict[str | None, tuple[float, Target | CannotDo]] = {}
+        self._seen: dict[str | None, tuple[float, Egress | CannotDo]] = {}
 
-    def of(self, nic: Nic) -> Target:
+    def of(self, nic: Nic) -> Egress:
         now = time.monotonic()
         when, found = self._seen.get(nic.iface, (-FRESH, None))
         if found is None or now - when > FRESH:
             try:
-                found = target(nic, self._given)
+                found = egress_of(nic, self._given)
             except CannotDo as error:
                 found = error
             self._seen[nic.iface] = (now, found)
@@ -158,7 +158,7 @@ def _switch_of(tap: str) -> str:
     raise CannotDo(f"tap {tap} is in {master}, which is no bridge of Linux", hint)
 
 
-def send(sender: socket.socket, place: Target, frame: bytes) -> None:
+def send(sender: socket.socket, place: Egress, frame: bytes) -> None:
     """One frame of a card to the network; OSError."""
     if place.switched and place.tap:
         from . import openvswitch
@@ -168,7 +168,7 @@ def send(sender: socket.socket, place: Target, frame: bytes) -> None:
         sender.sendto(frame, (place.iface, ethertype(frame)))
 
 
-def steer(place: Target) -> str | None:
+def steer(place: Egress) -> str | None:
     """Move the bridge's forwarding entry of the card to its tap; the reason why that was not possible, or None.
 
     Without it the bridge goes on sending to the port where the card was before, until the guest sends a frame.

@@ -23,7 +23,7 @@ OVERRIDE = 0x20000000
 ETHERNET = 1
 
 
-class Frame(NamedTuple):
+class EthernetFrame(NamedTuple):
     """`kind` is rarp, arp-request, arp-reply or advertisement; `tags` are VLANs from the outermost."""
 
     kind: str
@@ -32,12 +32,15 @@ class Frame(NamedTuple):
     data: bytes
 
 
-def of_card(mac: str, addresses: Iterable[str], tags: Sequence[int] = ()) -> list[Frame]:
+def of_card(mac: str, addresses: Iterable[str], tags: Sequence[int] = ()) -> list[EthernetFrame]:
     """What one round sends for a card: RARP, then two ARP frames per IPv4, one advertisement per IPv6 address."""
-    return [Frame("rarp", None, tuple(tags), tagged(rarp(packed(mac)), tags)), *of_addresses(mac, addresses, tags)]
+    return [
+        EthernetFrame("rarp", None, tuple(tags), tagged(rarp(packed(mac)), tags)),
+        *of_addresses(mac, addresses, tags),
+    ]
 
 
-def of_addresses(mac: str, addresses: Iterable[str], tags: Sequence[int] = ()) -> list[Frame]:
+def of_addresses(mac: str, addresses: Iterable[str], tags: Sequence[int] = ()) -> list[EthernetFrame]:
     """The same without RARP."""
     sender = packed(mac)
     found = []
@@ -47,7 +50,7 @@ def of_addresses(mac: str, addresses: Iterable[str], tags: Sequence[int] = ()) -
         else:
             ip = socket.inet_pton(socket.AF_INET, address)
             made = {"arp-request": arp_request(sender, ip), "arp-reply": arp_reply(sender, ip)}
-        found += [Frame(kind, address, tuple(tags), tagged(data, tags)) for kind, data in made.items()]
+        found += [EthernetFrame(kind, address, tuple(tags), tagged(data, tags)) for kind, data in made.items()]
     return found
 
 

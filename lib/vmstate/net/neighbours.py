@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from .nic import _MAC, TOOLS, _announceable, _unicast
+from .nic import MAC, TOOLS, is_announceable, is_unicast
 
 
 def neighbours() -> dict[str, tuple[str, ...]]:
@@ -47,7 +47,7 @@ def from_forwarding(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[str, .
         mac = str(entry.get("mac", "")).lower()
         # What a person or the kernel has set: a port's own address, groups.
         by_hand = entry.get("state") in ("permanent", "static") or "self" in entry.get("flags", ())
-        if not by_hand and _MAC.fullmatch(mac) and _unicast(mac):
+        if not by_hand and MAC.fullmatch(mac) and is_unicast(mac):
             found.setdefault(str(entry.get("ifname")), {})[mac] = None
     return {port: tuple(macs) for port, macs in found.items()}
 
@@ -61,6 +61,6 @@ def from_neighbours(entries: Iterable[dict[str, Any]]) -> dict[str, tuple[str, .
             continue
         with contextlib.suppress(ValueError, KeyError):
             address = ipaddress.ip_address(entry["dst"])
-            if _announceable(address):
+            if is_announceable(address):
                 known.setdefault(str(entry["lladdr"]).lower(), set()).add(address)
     return {mac: tuple(map(str, sorted(found, key=lambda a: (a.version, a.packed)))) for mac, found in known.items()}

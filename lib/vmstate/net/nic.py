@@ -15,7 +15,7 @@ SYS = "/sys"
 TOOLS = "/usr/sbin:/usr/bin:/sbin:/bin"
 IFACE_BYTES = 15
 QUOTED = 60
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
 class Nic(NamedTuple):
@@ -66,19 +66,19 @@ def _quoted(text: str) -> str:
 
 def _mac(text: str) -> str:
     mac = text.lower().replace("-", ":")
-    if not _MAC.fullmatch(mac):
+    if not MAC.fullmatch(mac):
         raise ValueError(f"expected a MAC address like 52:54:00:12:34:56, found {_quoted(text)}")
-    if not _unicast(mac):
+    if not is_unicast(mac):
         raise ValueError(f"expected the MAC address of one card, found {_quoted(text)}, a group's or nobody's")
     return mac
 
 
 def is_mac(text: str) -> bool:
     """Whether a text is meant as an Ethernet address."""
-    return bool(_MAC.fullmatch(text.lower().replace("-", ":")))
+    return bool(MAC.fullmatch(text.lower().replace("-", ":")))
 
 
-def _unicast(mac: str) -> bool:
+def is_unicast(mac: str) -> bool:
     return not int(mac[:2], 16) & 1 and mac != "00:00:00:00:00:00"
 
 
@@ -95,7 +95,7 @@ def _address(text: str) -> str:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise ValueError(f"expected an IPv4 or IPv6 address, found {_quoted(text)}") from None
-    if not _announceable(address) or "%" in text:
+    if not is_announceable(address) or "%" in text:
         raise ValueError(f"expected the address of one card, found {_quoted(text)}")
     return str(address)
 
@@ -103,11 +103,11 @@ def _address(text: str) -> str:
 def announceable(text: str) -> bool:
     """Whether a text is the address of one card, and could stand in a NIC line."""
     try:
-        return "%" not in text and _announceable(ipaddress.ip_address(text))
+        return "%" not in text and is_announceable(ipaddress.ip_address(text))
     except ValueError:
         return False
 
 
-def _announceable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+def is_announceable(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     useless = address.is_multicast or address.is_unspecified or address.is_loopback
     return not useless and str(address) != "255.255.255.255"

@@ -36,7 +36,7 @@ class Seen(NamedTuple):
     tags: tuple[int, ...]
 
 
-class Ear:
+class Sniffer:
     """One interface, whatever its frames are for; OSError where it is gone.  all: else only what this host sends."""
 
     def __init__(self, iface: str, *, all: bool = True) -> None:  # noqa: A002 - as one says it

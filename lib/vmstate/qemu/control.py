@@ -5,49 +5,49 @@ import contextlib
 from ..errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
 from . import markers, userfault
 from .monitor import Monitor, StandsStill
-from .settings import ANNOUNCE, SNAPSHOT, left_behind, tidy
-from .state import RUNS, Standing, look, lost_its_snapshot, patiently, wait_for
+from .settings import ANNOUNCE, SNAPSHOT, clear_leftovers, left_behind
+from .state import RUNS, GuestState, lost_its_snapshot, query, wait_for, with_retry
 
 
-def stop(path: str) -> Standing:
+def stop(path: str) -> GuestState:
     with Monitor(path) as monitor:
-        standing = look(monitor)
-        if standing.run == "inmigrate":
+        guest_state = query(monitor)
+        if guest_state.run == "inmigrate":
             raise CannotDo(f"the guest at {path} waits for a state: there is nothing to stop")
         monitor.ask("stop")
-        return look(monitor)
+        return query(monitor)
 
 
-def cancel(path: str) -> Standing:
+def cancel(path: str) -> GuestState:
     """End the migration of a guest that still has its state; CannotDo where there is none, or it is too late."""
     with Monitor(path) as monitor:
-        standing = look(monitor)
-        if standing.run == "inmigrate":
+        guest_state = query(monitor)
+        if guest_state.run == "inmigrate":
             hint = "end the command that restores it; a QEMU that has begun to load cannot load again"
             raise CannotDo(f"the guest at {path} is the one that takes a state", hint)
-        if not standing.moving:
-            raise CannotDo(f"the guest at {path} is not migrating ({standing.migration})", f"vm-status {path}")
+        if not guest_state.moving:
+            raise CannotDo(f"the guest at {path} is not migrating ({guest_state.migration})", f"vm-status {path}")
         if any(c["state"] and c["capability"] in SNAPSHOT for c in monitor.ask("query-migrate-capabilities")):
             hint = "end the vm-dump that makes it, which lets QEMU come to its end"
             raise CannotDo(f"a snapshot of the guest at {path} is not cancelled: it may not survive that", hint)
-        if standing.migration.startswith("postcopy"):
-            text = f"the guest at {path} runs at its destination already ({standing.migration})"
+        if guest_state.migration.startswith("postcopy"):
+            text = f"the guest at {path} runs at its destination already ({guest_state.migration})"
             raise CannotDo(text, "from the switchover of postcopy on there is no way back")
         monitor.ask("migrate_cancel")
-    standing = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to be cancelled")
-    if standing.migration == "completed":
+    guest_state = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to be cancelled")
+    if guest_state.migration == "completed":
         raise CannotDo(f"the migration of the guest at {path} had completed before", f"vm-status {path}")
-    return standing
+    return guest_state
 
 
-def limit(path: str, rate: int) -> Standing:
+def limit(path: str, rate: int) -> GuestState:
     """From now on a migration of the guest sends at most `rate` bytes a second; 0: as fast as it goes."""
     with Monitor(path) as monitor:
         monitor.ask("migrate-set-parameters", max_bandwidth=rate)
-        return look(monitor)
+        return query(monitor)
 
 
-def cont(path: str, force: bool = False) -> Standing:
+def cont(path: str, force: bool = False) -> GuestState:
     """Let a guest run; CannotDo where it waits for a state, or QEMU refuses (a disk image locked by another).
 
     Unsettled where it was moved to another QEMU, unless `force`.  One whose snapshot has lost all who had to do with it
@@ -61,35 +61,35 @@ def cont(path: str, force: bool = False) -> Standing:
             raise
         userfault.unprotect(error.pid)
         with contextlib.suppress(Refused):
-            patiently(path, tidy)
-    return patiently(path, lambda monitor: _cont(monitor, path, force))
+            with_retry(path, clear_leftovers)
+    return with_retry(path, lambda monitor: _cont(monitor, path, force))
 
 
-def _cont(monitor: Monitor, path: str, force: bool) -> Standing:
-    standing = look(monitor)
-    if lost_its_snapshot(standing, monitor.pid()):
+def _cont(monitor: Monitor, path: str, force: bool) -> GuestState:
+    guest_state = query(monitor)
+    if lost_its_snapshot(guest_state, monitor.pid()):
         userfault.unprotect(monitor.pid())
-        tidy(monitor)
-        return look(monitor)
-    if standing.run == "inmigrate":
+        clear_leftovers(monitor)
+        return query(monitor)
+    if guest_state.run == "inmigrate":
         raise CannotDo(f"the guest at {path} waits for a state: it cannot run yet", f"vm-restore {path} < STATE")
     found = markers.read(monitor)
     # One whose memory is being brought is where it belongs; not so one that waits for a file that can be read.
-    if standing.moving and (markers.LAZY not in found or markers.HALTED in found):
-        raise CannotDo(f"the guest at {path} is migrating ({standing.migration})", f"vm-status {path}")
+    if guest_state.moving and (markers.LAZY not in found or markers.HALTED in found):
+        raise CannotDo(f"the guest at {path} is migrating ({guest_state.migration})", f"vm-status {path}")
     if not force:
-        markers.refuse(found, standing.run, standing.given_away, path)
+        markers.refuse(found, guest_state.run, guest_state.given_away, path)
     markers.hold(monitor)
-    after = cont_in(monitor)
+    after = cont_announced(monitor)
     markers.stay(monitor)
     if not after.moving:
         with contextlib.suppress(Refused):
-            tidy(monitor)
+            clear_leftovers(monitor)
     return after
 
 
-def cont_in(monitor: Monitor) -> Standing:
-    before = look(monitor)
+def cont_announced(monitor: Monitor) -> GuestState:
+    before = query(monitor)
     after = run_on(monitor)
     # It was loaded and held, or comes back: the network may know it elsewhere.
     if before.migration == "completed" and before.run in ("paused", "postmigrate"):
@@ -112,18 +112,18 @@ def rhythm_of(monitor: Monitor) -> dict[str, int]:
     return {**values, "rounds": values["rounds"] or ANNOUNCE["rounds"]}
 
 
-def run_on(monitor: Monitor, rhythm: dict[str, int] | None = None) -> Standing:
+def run_on(monitor: Monitor, rhythm: dict[str, int] | None = None) -> GuestState:
     """Let it run; Refused where QEMU does not.  rhythm: announce it just before, as QEMU does itself."""
     if rhythm:
         # Once it runs, it and the monitor want the same lock.
         with contextlib.suppress(CannotDo):
             announce(monitor, rhythm)
     monitor.ask("cont")
-    standing = look(monitor)
+    guest_state = query(monitor)
     # Where an image cannot be taken, some versions answer well and stay paused.
-    if standing.run not in RUNS:
-        raise Refused("cont", f"the guest stays '{standing.run}'")
-    return standing
+    if guest_state.run not in RUNS:
+        raise Refused("cont", f"the guest stays '{guest_state.run}'")
+    return guest_state
 
 
 def finish(path: str, after: str) -> str:
@@ -137,7 +137,7 @@ def finish(path: str, after: str) -> str:
     if after == "quit":
         try:
             with contextlib.suppress(GuestGone):
-                patiently(path, lambda monitor: monitor.ask("quit"))
+                with_retry(path, lambda monitor: monitor.ask("quit"))
         except VmstateError as error:
             text = f"the state is whole, but the guest at {path} was not ended: {error}"
             raise Unsettled(text, f"vm-status {path}") from error

@@ -11,8 +11,8 @@ from . import markers
 from .control import announce, run_on
 from .monitor import Monitor
 from .outgoing import NAME
-from .settings import Found, prepare, tidy
-from .state import Standing, look, patiently, ram_blocks, wait_for
+from .settings import SavedSettings, clear_leftovers, prepare
+from .state import GuestState, query, ram_blocks, wait_for, with_retry
 
 # How long a QEMU may take to see that its channel has ended, in seconds.
 FALLS = 10.0
@@ -32,15 +32,15 @@ MISFITS = {
 
 def require_waiting(monitor: Monitor, path: str) -> None:
     """CannotDo unless the guest waits, and has not loaded anything before."""
-    standing = look(monitor)
-    if standing.run != "inmigrate":
+    guest_state = query(monitor)
+    if guest_state.run != "inmigrate":
         raise CannotDo(
-            f"the guest at {path} does not wait for a state: it is '{standing.run}'",
+            f"the guest at {path} does not wait for a state: it is '{guest_state.run}'",
             "start the QEMU that is to take the state with -incoming defer",
         )
-    if standing.migration != "none":
+    if guest_state.migration != "none":
         raise CannotDo(
-            f"the guest at {path} has begun to load a state before ({standing.migration})",
+            f"the guest at {path} has begun to load a state before ({guest_state.migration})",
             "a waiting QEMU is good for one try: end it and start it again with -incoming defer",
         )
 
@@ -88,7 +88,7 @@ class Waiting:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.found = Found()
+        self.saved = SavedSettings()
         self.begun = False
 
     def hold_and_load(
@@ -107,18 +107,18 @@ class Waiting:
             try:
                 # Its own announcement is to be short: ours is made once it runs.  With no round at all QEMU would free
                 # the timer of a card that can announce itself, and end at the card's next reset.
-                prepare(monitor, ("late-block-activate", *on), {"announce-rounds": 1}, self.found)
-                monitor.give(NAME, theirs.fileno())
+                prepare(monitor, ("late-block-activate", *on), {"announce-rounds": 1}, self.saved)
+                monitor.send_fd(NAME, theirs.fileno())
                 self.incoming(monitor)
             except Refused:
-                self.found.put_back(monitor)
+                self.saved.put_back(monitor)
                 raise
             self.begun = True
 
     @property
     def had_no_rounds(self) -> bool:
         """Whether somebody had silenced QEMU's own announcement."""
-        return self.found.parameters.get("announce-rounds") == 0
+        return self.saved.parameters.get("announce-rounds") == 0
 
     @staticmethod
     def incoming(monitor: Monitor) -> None:
@@ -142,11 +142,11 @@ class Waiting:
     def loaded_in(monitor: Monitor) -> None:
         """`loaded` within a conversation, for a guest that is about to be."""
         give_up = time.monotonic() + 10
-        while not _is_over(standing := look(monitor)):
+        while not _is_over(guest_state := query(monitor)):
             if time.monotonic() > give_up:
                 raise CannotDo("QEMU said that it had loaded the guest, and does not go on")
             time.sleep(0.001)
-        _require_loaded(standing)
+        _require_loaded(guest_state)
 
     def settle(self, run: bool) -> str:
         """Put back what was found and, with `run`, let the guest run; its run state.
@@ -154,7 +154,7 @@ class Waiting:
         Unsettled where it stands loaded, but does not run.  Once it runs nothing says otherwise any more.
         """
         try:
-            return patiently(self.path, lambda monitor: self._settle(monitor, run))
+            return with_retry(self.path, lambda monitor: self._settle(monitor, run))
         except Unsettled:
             raise
         except VmstateError as error:
@@ -163,9 +163,9 @@ class Waiting:
 
     def _settle(self, monitor: Monitor, run: bool) -> str:
         with contextlib.suppress(Refused):
-            self.found.put_back(monitor)
+            self.saved.put_back(monitor)
         if not run:
-            return look(monitor).run
+            return query(monitor).run
         self._cont(monitor)
         with contextlib.suppress(VmstateError):
             # A guest that was held is silent until it is told to speak.
@@ -184,8 +184,8 @@ class Waiting:
     def afterwards(self, monitor: Monitor) -> None:
         """What has time once the guest runs: put back what was found, or what one before us has left."""
         with contextlib.suppress(Refused):
-            self.found.put_back(monitor)
-            tidy(monitor)
+            self.saved.put_back(monitor)
+            clear_leftovers(monitor)
 
     def nic_facts(self) -> tuple[str, int, list[dict[str, Any]]]:
         """`info network`, the process id of QEMU, and `query-rx-filter` of a guest."""
@@ -200,50 +200,50 @@ class Waiting:
     def discard(self) -> None:
         """End a guest that has loaded what must not run, as QEMU does when it finds that itself."""
         with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
-            if look(monitor).run not in ("inmigrate", "running", "suspended") and markers.ARRIVED not in markers.names(
+            if query(monitor).run not in ("inmigrate", "running", "suspended") and markers.ARRIVED not in markers.names(
                 monitor
             ):
                 monitor.ask("quit")
 
-    def let_fall(self) -> bool:
+    def abort_load(self) -> bool:
         """Our end is closed: have a guest end that has not loaded everything.
 
         False where it has, and is held; also where that is not known.
         """
         try:
-            standing = wait_for(self.path, lambda s: s.migration in ("completed", "failed"), FALLS, "to give up")
-            if standing.migration == "completed":
+            guest_state = wait_for(self.path, lambda s: s.migration in ("completed", "failed"), FALLS, "to give up")
+            if guest_state.migration == "completed":
                 return False
-            patiently(self.path, lambda monitor: monitor.ask("quit"))
+            with_retry(self.path, lambda monitor: monitor.ask("quit"))
         except GuestGone:
             pass
         except VmstateError:
             return False
         return True
 
-    def fate(self) -> str:
+    def outcome_text(self) -> str:
         """What has become of a guest into which nothing was loaded, in words."""
         try:
             with Monitor(self.path) as monitor:
-                standing = look(monitor)
+                guest_state = query(monitor)
         except VmstateError:
             return f"the guest at {self.path} has ended over it; start it again with -incoming defer"
-        if _waits(standing) and standing.migration == "none":
+        if _waits(guest_state) and guest_state.migration == "none":
             return f"the guest at {self.path} still waits"
         return f"the guest at {self.path} is used up; end it and start it again with -incoming defer"
 
 
-def _is_over(standing: Standing) -> bool:
-    return standing.migration in ("completed", "failed") or not _waits(standing)
+def _is_over(guest_state: GuestState) -> bool:
+    return guest_state.migration in ("completed", "failed") or not _waits(guest_state)
 
 
-def _require_loaded(standing: Standing) -> None:
-    if standing.migration == "failed":
-        raise Refused("migrate-incoming", standing.reason or "no reason given")
+def _require_loaded(guest_state: GuestState) -> None:
+    if guest_state.migration == "failed":
+        raise Refused("migrate-incoming", guest_state.reason or "no reason given")
 
 
-def _waits(standing: Standing) -> bool:
-    return standing.run == "inmigrate"
+def _waits(guest_state: GuestState) -> bool:
+    return guest_state.run == "inmigrate"
 
 
 def refusal(words: str, whole: bool) -> VmstateError:

@@ -17,7 +17,7 @@ def words_of(run: str) -> str:
 def sample(path: str) -> Sample | None:
     """How far the migration of the guest at `path` is; None where that is not known now."""
     try:
-        return sample_of(state.glance(path, 0.4).info)
+        return sample_of(state.query_once(path, 0.4).info)
     except VmstateError:
         return None
 

@@ -88,7 +88,7 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise GuestGone(f"the guest at {self._path} went away during '{command}'") from error
 
-    def urge(self, command: str, **arguments: Any) -> Any:
+    def ask_oob(self, command: str, **arguments: Any) -> Any:
         """As `ask`, past a QEMU that stands still, where this one can do that (out of band)."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
@@ -107,7 +107,7 @@ class Monitor:
         """The answer of the human monitor to a line."""
         return str(self.ask("human-monitor-command", command_line=line))
 
-    def give(self, name: str, fd: int) -> None:
+    def send_fd(self, name: str, fd: int) -> None:
         """Hand a descriptor to QEMU, which keeps it as `name` until it is used."""
         try:
             self._client.send_fd_scm(fd)

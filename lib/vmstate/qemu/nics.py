@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..net.neighbours import neighbours
-from ..net.nic import _MAC, SYS, Nic, _unicast
+from ..net.nic import MAC, SYS, Nic, is_unicast
 
 PROC = "/proc"
 # "net0: index=0,type=tap,ifname=tap0,..."; in a hub the port's name stands before: "hub0port1: net0: index=0,..."
@@ -54,7 +54,7 @@ def from_info_network(text: str, pid: int | None, filters: Iterable[dict[str, An
 
 def _mac_of(card: _Client, macs: dict[str, str]) -> str | None:
     for mac in (macs.get(card.name, ""), (card.value("macaddr") or "").lower()):
-        if _MAC.fullmatch(mac) and _unicast(mac):
+        if MAC.fullmatch(mac) and is_unicast(mac):
             return mac
     return None
 

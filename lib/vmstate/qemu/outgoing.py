@@ -9,8 +9,8 @@ from ..errors import CannotDo, Refused, Unsettled, WrongUsage
 from . import markers, userfault
 from .control import run_on
 from .monitor import Monitor
-from .settings import DEFAULT_BANDWIDTH, ON, Found, prepare
-from .state import BUSY, RUNS, Standing, look, loses_pages, patiently, version_words, wait_for
+from .settings import DEFAULT_BANDWIDTH, ON, SavedSettings, prepare
+from .state import BUSY, RUNS, GuestState, loses_pages, query, version_words, wait_for, with_retry
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
@@ -19,30 +19,30 @@ NAME = "vmstate"
 def require_live(path: str, why: str, hint: str) -> None:
     """WrongUsage where the guest would have to be paused for its migration, and cannot be; `why`, and what helps."""
     with Monitor(path) as monitor:
-        if look(monitor).run in RUNS and loses_pages(monitor):
+        if query(monitor).run in RUNS and loses_pages(monitor):
             text = f"{version_words(monitor)} without KVM loses pages that the guest at {path} writes meanwhile"
             raise WrongUsage(f"{text}, and {why}", f"{hint}; or --live-anyway, which risks that")
 
 
-def require_sendable(monitor: Monitor, path: str) -> Standing:
+def require_sendable(monitor: Monitor, path: str) -> GuestState:
     """Where the guest stands; CannotDo where its state cannot be sent now, with QEMU's reason."""
-    standing = look(monitor)
-    if standing.moving:
+    guest_state = query(monitor)
+    if guest_state.moving:
         if markers.LAZY in markers.names(monitor):
             text = f"the guest at {path} cannot be saved or moved: its memory is still being brought from a file"
             raise CannotDo(text, "its vm-restore ends when all is there; with --on-demand, SIGTERM has it do that")
         hint = "vm-status shows how far it is"
-        raise CannotDo(f"the guest at {path} is migrating already ({standing.migration})", hint)
+        raise CannotDo(f"the guest at {path} is migrating already ({guest_state.migration})", hint)
     words = {
         "inmigrate": ("waits for a state", f"vm-restore {path} < STATE"),
-        "postmigrate": _words_of_postmigrate(standing, path),
+        "postmigrate": _words_of_postmigrate(guest_state, path),
         "finish-migrate": ("is in the last step of a migration", f"vm-status {path}"),
         "internal-error": ("has stopped on an internal error of QEMU", "its state is not to be trusted"),
     }
-    if standing.run in words:
-        said, hint = words[standing.run]
-        raise CannotDo(f"the guest at {path} {said} ({standing.run})", hint)
-    blocked = standing.info.get("blocked-reasons")
+    if guest_state.run in words:
+        said, hint = words[guest_state.run]
+        raise CannotDo(f"the guest at {path} {said} ({guest_state.run})", hint)
+    blocked = guest_state.info.get("blocked-reasons")
     if blocked:
         raise CannotDo(f"the guest at {path} cannot be saved: {'; '.join(blocked)}", "QEMU names the device in its way")
     if not _closed(monitor.pid()):
@@ -51,11 +51,11 @@ def require_sendable(monitor: Monitor, path: str) -> Standing:
     if _without_description(monitor):
         text = f"the guest at {path} writes states without a description (suppress-vmdesc=on)"
         raise CannotDo(text, "the end of such a state cannot be proven")
-    return standing
+    return guest_state
 
 
-def _words_of_postmigrate(standing: Standing, path: str) -> tuple[str, str]:
-    if standing.given_away:
+def _words_of_postmigrate(guest_state: GuestState, path: str) -> tuple[str, str]:
+    if guest_state.given_away:
         return "has given its state away and stands paused", f"vm-cont {path}, if it does not run elsewhere"
     return "stands paused since a migration of it failed, and QEMU wants it to run before the next", f"vm-cont {path}"
 
@@ -81,7 +81,7 @@ def _without_description(monitor: Monitor) -> bool:
         return False
 
 
-class Sending:
+class OutgoingMigration:
     """The state of a guest on its way to our end of a socket pair.
 
     QEMU has `return-path` on: after the last byte it waits, the guest stopped, for our word on the socket.  `give_away`
@@ -110,7 +110,7 @@ class Sending:
         self._live_anyway = live_anyway
         # The QEMU that made it necessary to pause the guest first, in words; None where it was not.
         self.paused_first: str | None = None
-        self.found = Found()
+        self.saved = SavedSettings()
         self._stopped = False
         self.begun = False
         # QEMU has begun to send.
@@ -126,15 +126,15 @@ class Sending:
         """
 
         def send(monitor: Monitor) -> None:
-            if self.found.ran and not (stopped or take or self._live_anyway) and loses_pages(monitor):
+            if self.saved.ran and not (stopped or take or self._live_anyway) and loses_pages(monitor):
                 self.paused_first = version_words(monitor)
-            if (stopped or take or self.paused_first) and self.found.ran:
+            if (stopped or take or self.paused_first) and self.saved.ran:
                 watch()
                 self._stopped = True
                 monitor.ask("stop")
             if take:
                 take(monitor)
-            monitor.give(NAME, fd)
+            monitor.send_fd(NAME, fd)
             monitor.ask("migrate", uri=f"fd:{NAME}")
 
         self._begin(send)
@@ -148,9 +148,9 @@ class Sending:
         paused: list[float] = []
 
         def send(monitor: Monitor) -> None:
-            monitor.give(NAME, fd)
+            monitor.send_fd(NAME, fd)
             if take:
-                self._stopped = self.found.ran
+                self._stopped = self.saved.ran
                 monitor.ask("stop")
                 take(monitor)
             # Before the word is given: where no answer comes, it may be sending.
@@ -160,9 +160,9 @@ class Sending:
             except Refused:
                 self.sent = False
                 raise
-            if take and self.found.ran:
+            if take and self.saved.ran:
                 _run_on_once_kept(monitor)
-            if self.found.ran:
+            if self.saved.ran:
                 paused.append(_pause(monitor))
 
         self._begin(send)
@@ -173,22 +173,22 @@ class Sending:
 
         def send(monitor: Monitor) -> None:
             if fd is not None:
-                monitor.give(NAME, fd)
+                monitor.send_fd(NAME, fd)
             monitor.ask("migrate", uri=uri if fd is None else f"fd:{NAME}")
 
         self._begin(send)
 
     def _begin(self, send: Callable[[Monitor], None]) -> None:
         with Monitor(self.path) as monitor:
-            standing = require_sendable(monitor, self.path)
-            markers.refuse(markers.read(monitor), standing.run, standing.given_away, self.path)
-            self.found.ran = standing.run in RUNS
+            guest_state = require_sendable(monitor, self.path)
+            markers.refuse(markers.read(monitor), guest_state.run, guest_state.given_away, self.path)
+            self.saved.ran = guest_state.run in RUNS
             self.begun = True
             try:
                 markers.clear(monitor)
                 if self._mark is not None:
-                    markers.put(monitor, markers.MOVED, ran=self.found.ran, **self._mark)
-                prepare(monitor, self._on, self._parameters(monitor), self.found)
+                    markers.put(monitor, markers.MOVED, ran=self.saved.ran, **self._mark)
+                prepare(monitor, self._on, self._parameters(monitor), self.saved)
                 send(monitor)
             except Refused as error:
                 raise _explained(error, self.path) from error
@@ -203,39 +203,39 @@ class Sending:
             wanted["downtime-limit"] = self._downtime
         return wanted
 
-    def completed(self) -> Standing:
+    def completed(self) -> GuestState:
         """After the given-away word: wait for QEMU's `completed` and put back what was found."""
-        standing = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
-        if standing.migration != "completed":
+        guest_state = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
+        if guest_state.migration != "completed":
             self.take_back()
-            said = f"'{standing.migration}': {standing.reason or 'no reason given'}"
+            said = f"'{guest_state.migration}': {guest_state.reason or 'no reason given'}"
             raise CannotDo(f"QEMU ended the migration as {said}")
         with contextlib.suppress(Refused):
-            patiently(self.path, self.found.put_back)
-        return standing
+            with_retry(self.path, self.saved.put_back)
+        return guest_state
 
-    def take_back(self, *, doubt: bool = True) -> Standing:
+    def take_back(self, *, doubt: bool = True) -> GuestState:
         """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again.
 
         doubt: another QEMU may hold the guest, and ask for it later.
         """
         wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
-        return patiently(self.path, lambda monitor: self.taken_back(monitor, doubt=doubt))
+        return with_retry(self.path, lambda monitor: self.taken_back(monitor, doubt=doubt))
 
-    def taken_back(self, monitor: Monitor, *, doubt: bool = True) -> Standing:
+    def taken_back(self, monitor: Monitor, *, doubt: bool = True) -> GuestState:
         """The same within a conversation, once QEMU has noticed."""
-        standing = look(monitor)
-        if standing.moving or standing.given_away:
-            words = f"another migration of the guest at {self.path} has begun meanwhile ({standing.migration})"
+        guest_state = query(monitor)
+        if guest_state.moving or guest_state.given_away:
+            words = f"another migration of the guest at {self.path} has begun meanwhile ({guest_state.migration})"
             raise Unsettled(words, f"vm-status {self.path}")
         markers.keep(monitor, (self._mark or {}).get("move") if doubt else None)
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)
         with contextlib.suppress(Refused):
-            self.found.put_back(monitor)
-        ours = standing.run == "postmigrate" or (standing.run == "paused" and self._stopped)
-        return run_on(monitor) if self.found.ran and ours else look(monitor)
+            self.saved.put_back(monitor)
+        ours = guest_state.run == "postmigrate" or (guest_state.run == "paused" and self._stopped)
+        return run_on(monitor) if self.saved.ran and ours else query(monitor)
 
 
 def _run_on_once_kept(monitor: Monitor) -> None:
@@ -244,12 +244,12 @@ def _run_on_once_kept(monitor: Monitor) -> None:
     'active' alone is too early.  Some versions let it run themselves.
     """
     while True:
-        standing = look(monitor)
-        ram = standing.info.get("ram", {})
-        if not standing.moving or ram.get("normal", 0) + ram.get("duplicate", 0) > 0:
+        guest_state = query(monitor)
+        ram = guest_state.info.get("ram", {})
+        if not guest_state.moving or ram.get("normal", 0) + ram.get("duplicate", 0) > 0:
             break
         time.sleep(0.0005)
-    if standing.migration in BUSY | {"completed"}:
+    if guest_state.migration in BUSY | {"completed"}:
         monitor.ask("cont")
 
 
@@ -259,9 +259,9 @@ def _pause(monitor: Monitor) -> float:
     while True:
         event = monitor.event(1)
         if event is None:
-            standing = look(monitor)
-            if not standing.moving and standing.migration != "completed":
-                raise CannotDo(f"QEMU ended the snapshot as '{standing.migration}': {standing.reason}")
+            guest_state = query(monitor)
+            if not guest_state.moving and guest_state.migration != "completed":
+                raise CannotDo(f"QEMU ended the snapshot as '{guest_state.migration}': {guest_state.reason}")
             continue
         stamp = event["timestamp"]
         at: float = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000

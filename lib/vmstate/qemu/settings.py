@@ -1,7 +1,7 @@
 """QEMU's migration capabilities and parameters: set for a migration, and reverted after it.
 
 What is found is not trusted: before a migration every capability that QEMU knows is set, on or off, with the parameters
-relied on, and `Found.put_back` gives the guest what it had.
+relied on, and `SavedSettings.put_back` gives the guest what it had.
 """
 
 import os
@@ -22,7 +22,7 @@ DEFAULT_BANDWIDTH = 128 << 20
 
 
 @dataclass
-class Found:
+class SavedSettings:
     """What a command found and is to put back: capabilities, parameters, and whether the guest ran.
 
     rate: max-bandwidth as the command has set it, None where it has not.  owner: tells this command's values from those
@@ -58,19 +58,19 @@ class Found:
         markers.remove(monitor, markers.SETTINGS)
 
 
-def left_behind(monitor: Monitor) -> Found | None:
+def left_behind(monitor: Monitor) -> SavedSettings | None:
     """What a command has kept in QEMU and not put back; None where there is nothing."""
     if markers.SETTINGS not in markers.names(monitor, (markers.SETTINGS,)):
         return None
     facts = markers.facts(monitor, markers.SETTINGS)
     rate, owner = facts.get("rate"), str(facts.get("owner"))
-    return Found(facts.get("capabilities", []), facts.get("parameters", {}), rate, owner=owner)
+    return SavedSettings(facts.get("capabilities", []), facts.get("parameters", {}), rate, owner=owner)
 
 
-def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], found: Found) -> None:
+def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], saved: SavedSettings) -> None:
     """Set every capability that this QEMU knows, those of `on` to on, and `parameters` as far as it knows them.
 
-    `found` learns what was there before anything is changed, so that an interruption leaves nothing behind.
+    `saved` learns what was there before anything is changed, so that an interruption leaves nothing behind.
     """
     capabilities = monitor.ask("query-migrate-capabilities")
     had = monitor.ask("query-migrate-parameters")
@@ -81,11 +81,11 @@ def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], f
             parameters[name] = value
     changed = {name: value for name, value in parameters.items() if name in had and had[name] != value}
     back, before = _before(left_behind(monitor), capabilities, had)
-    found.parameters = {name: before[name] for name in had if name in changed or before[name] != had[name]}
-    found.rate = changed.get("max-bandwidth", had.get("max-bandwidth"))
+    saved.parameters = {name: before[name] for name in had if name in changed or before[name] != had[name]}
+    saved.rate = changed.get("max-bandwidth", had.get("max-bandwidth"))
     if wanted != back:
-        found.capabilities = back
-    found.keep(monitor)
+        saved.capabilities = back
+    saved.keep(monitor)
     if wanted != capabilities:
         _set_capabilities(monitor, capabilities, wanted)
     if changed:
@@ -93,7 +93,7 @@ def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], f
 
 
 def _before(
-    left: Found | None, capabilities: list[dict[str, Any]], had: dict[str, Any]
+    left: SavedSettings | None, capabilities: list[dict[str, Any]], had: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Capabilities and parameters as they were before any command of ours, `left` by one that was killed."""
     on = {c["capability"]: c["state"] for c in left.capabilities} if left else {}
@@ -133,7 +133,7 @@ def _wait_for_the_snapshot(monitor: Monitor) -> None:
         time.sleep(1)
 
 
-def tidy(monitor: Monitor, owner: str | None = None) -> None:
+def clear_leftovers(monitor: Monitor, owner: str | None = None) -> None:
     """Put back what a command that was killed has left behind; owner: only where it was this one."""
     left = left_behind(monitor)
     if owner is not None and (left is None or left.owner != owner):

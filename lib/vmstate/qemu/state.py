@@ -24,7 +24,7 @@ BUSY = frozenset(("setup", "active", "device", "pre-switchover", "wait-unplug", 
 
 
 @dataclass(frozen=True)
-class Standing:
+class GuestState:
     """Where a guest stands: QEMU's run state, the status of its migration ('none' where there was none), its answer."""
 
     run: str
@@ -45,20 +45,20 @@ class Standing:
         return str(self.info.get("error-desc", ""))
 
 
-def look(monitor: Monitor) -> Standing:
+def query(monitor: Monitor) -> GuestState:
     info = monitor.ask("query-migrate")
-    return Standing(monitor.ask("query-status")["status"], info.get("status", "none"), info)
+    return GuestState(monitor.ask("query-status")["status"], info.get("status", "none"), info)
 
 
-def glance(path: str, patience: float = PATIENCE) -> Standing:
-    """`look` in a conversation of its own."""
+def query_once(path: str, patience: float = PATIENCE) -> GuestState:
+    """`query` in a conversation of its own."""
     with Monitor(path, patience) as monitor:
-        return look(monitor)
+        return query(monitor)
 
 
 def wait_for(
-    path: str, done: Callable[[Standing], bool], seconds: float, what: str, *, slowest: float = 0.1
-) -> Standing:
+    path: str, done: Callable[[GuestState], bool], seconds: float, what: str, *, slowest: float = 0.1
+) -> GuestState:
     """Look until `done`; CannotDo after `seconds`.  A monitor that is busy meanwhile is asked again.
 
     slowest: seconds between two looks, once it lasts.
@@ -66,24 +66,24 @@ def wait_for(
     give_up = time.monotonic() + seconds
     pause = 0.005
     while True:
-        standing = None
+        guest_state = None
         try:
-            standing = glance(path)
-            if done(standing):
-                return standing
+            guest_state = query_once(path)
+            if done(guest_state):
+                return guest_state
         except GuestGone:
             raise
         except CannotDo:
             if time.monotonic() > give_up:
                 raise
         if time.monotonic() > give_up:
-            where = f"'{standing.run}', migration '{standing.migration}'" if standing else "not known"
+            where = f"'{guest_state.run}', migration '{guest_state.migration}'" if guest_state else "not known"
             raise CannotDo(f"waited {seconds:.0f} s for {path} {what}: its state is {where}")
         time.sleep(pause)
         pause = min(slowest, pause * 1.5)
 
 
-def patiently(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
+def with_retry(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
     """What `do` gives in a conversation of its own; while another client holds the monitor, it is tried again."""
     give_up = time.monotonic() + seconds
     while True:
@@ -123,7 +123,7 @@ def odd_pages(monitor: Monitor) -> list[str]:
     return [name for name, size in rows if size != "4 KiB"]
 
 
-def lost_its_snapshot(standing: Standing, pid: int) -> bool:
+def lost_its_snapshot(guest_state: GuestState, pid: int) -> bool:
     """Whether a guest waits for ever at a page that it may not write into."""
-    runs = standing.run in RUNS and not standing.moving
+    runs = guest_state.run in RUNS and not guest_state.moving
     return runs and userfault.waits(pid) and userfault.protected(pid)

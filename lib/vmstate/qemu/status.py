@@ -13,7 +13,7 @@ from . import markers
 from .migration_progress import sample_of
 from .monitor import Monitor
 from .settings import LEFT_OVER, left_behind
-from .state import Standing, glance, look, lost_its_snapshot
+from .state import GuestState, lost_its_snapshot, query, query_once
 
 # QEMU's run state to what it means; the rest depends on the migration.
 MEANING = {
@@ -39,7 +39,7 @@ class Status:
     """What `of` found: the guest's path, its standing, whether left-overs lie there, words and commands for next."""
 
     path: str
-    standing: Standing
+    guest_state: GuestState
     leftovers: tuple[str, ...]
     words: str
     next: tuple[str, ...]
@@ -52,12 +52,12 @@ class Status:
         return found + [f"next: {command}" for command in self.next]
 
     def values(self) -> dict[str, Any]:
-        sample = sample_of(self.standing.info) if self.standing.moving else None
+        sample = sample_of(self.guest_state.info) if self.guest_state.moving else None
         return {
             "guest": self.path,
-            "state": self.standing.run,
-            "migration": self.standing.migration,
-            "reason": self.standing.reason or None,
+            "state": self.guest_state.run,
+            "migration": self.guest_state.migration,
+            "reason": self.guest_state.reason or None,
             "words": self.words,
             "next": list(self.next),
             "leftovers": list(self.leftovers),
@@ -68,34 +68,34 @@ class Status:
 def of(path: str) -> Status:
     """Where the guest at `path` stands."""
     with Monitor(path) as monitor:
-        standing = look(monitor)
+        guest_state = query(monitor)
         capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
         found = markers.read(monitor)
         left = left_behind(monitor)
-        lost = lost_its_snapshot(standing, monitor.pid())
+        lost = lost_its_snapshot(guest_state, monitor.pid())
     changed = set(left.parameters) if left else set()
-    leftovers = () if standing.moving else tuple(sorted(capabilities & set(LEFT_OVER) | changed))
+    leftovers = () if guest_state.moving else tuple(sorted(capabilities & set(LEFT_OVER) | changed))
     if lost:
         words = "stands still: its pages are protected still, for a snapshot that was lost"
-        return Status(path, standing, (), words, (f"vm-cont {shlex.quote(path)}",))
-    if moved := _of_move(path, standing, found):
-        return Status(path, standing, leftovers, *moved)
-    return Status(path, standing, leftovers, _words(standing, leftovers), _next(path, standing))
+        return Status(path, guest_state, (), words, (f"vm-cont {shlex.quote(path)}",))
+    if moved := _of_move(path, guest_state, found):
+        return Status(path, guest_state, leftovers, *moved)
+    return Status(path, guest_state, leftovers, _words(guest_state, leftovers), _next(path, guest_state))
 
 
-def _of_move(path: str, standing: Standing, found: markers.Marks) -> tuple[str, tuple[str, ...]] | None:
+def _of_move(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[str, tuple[str, ...]] | None:
     """Words and commands for a guest that a move has left at both ends; None for any other."""
     force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
     settle = markers.settle_command(path, found)
-    if markers.LAZY in found and standing.migration.startswith("postcopy"):
-        return _of_lazy(path, standing, found)
+    if markers.LAZY in found and guest_state.migration.startswith("postcopy"):
+        return _of_lazy(path, guest_state, found)
     log = _last_words(found.get(markers.MOVED, {}).get("log"))
-    if standing.migration == "postcopy-paused":
+    if guest_state.migration == "postcopy-paused":
         if markers.MOVED in found:
             return "has crossed over, and pages that it lacks there are here; the link was lost", (settle,)
         words = "has crossed over to here, and lacks pages that are at its source; the link was lost"
         return words, ("on its source, vm-status tells how to go on",)
-    if standing.given_away and markers.MOVED in found:
+    if guest_state.given_away and markers.MOVED in found:
         if "move" not in found[markers.MOVED]:
             return "was moved and stands paused here", (force,)
         if markers.HEARD in found:
@@ -103,16 +103,16 @@ def _of_move(path: str, standing: Standing, found: markers.Marks) -> tuple[str, 
         if markers.decision(found) == markers.GRANTED:
             return f"was moved and stands paused here{log}", (settle, force)
         return f"was given away, but has not been let run where it was sent to{log}", (settle,)
-    if standing.run == "paused" and markers.TAKEN in found:
+    if guest_state.run == "paused" and markers.TAKEN in found:
         source = found[markers.TAKEN]
         where = printable(f"{source.get('path')} on {source.get('host')}").replace("\n", " ")
         return f"has loaded the guest of {where} and is held until that has let it go", (settle,)
     return None
 
 
-def _of_lazy(path: str, standing: Standing, found: markers.Marks) -> tuple[str, tuple[str, ...]]:
-    words = MEANING.get(standing.run, f"is '{standing.run}'")
-    if standing.migration != "postcopy-paused":
+def _of_lazy(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[str, tuple[str, ...]]:
+    words = MEANING.get(guest_state.run, f"is '{guest_state.run}'")
+    if guest_state.migration != "postcopy-paused":
         return f"{words} while its memory is being brought from a file", ()
     why = "the file could not be read" if markers.HALTED in found else "who brought it has ended"
     return f"{words}, and lacks a part of its memory: {why}", (markers.resume_command(path, found),)
@@ -133,34 +133,36 @@ def wait_until_it_stands(path: str) -> None:
     moving = True
     while moving:
         with signals_wait():
-            moving = glance(path).moving
+            moving = query_once(path).moving
         time.sleep(0.2 if moving else 0)
 
 
-def _words(standing: Standing, leftovers: tuple[str, ...]) -> str:
-    words = MEANING.get(standing.run, f"is '{standing.run}'")
-    if standing.run == "postmigrate" and not standing.given_away:
+def _words(guest_state: GuestState, leftovers: tuple[str, ...]) -> str:
+    words = MEANING.get(guest_state.run, f"is '{guest_state.run}'")
+    if guest_state.run == "postmigrate" and not guest_state.given_away:
         words = "stands paused"
-    if standing.run == "inmigrate":
-        return words if standing.migration == "none" else _words_of_load(standing)
-    if standing.run == "paused" and "late-block-activate" in leftovers and standing.migration == "completed":
+    if guest_state.run == "inmigrate":
+        return words if guest_state.migration == "none" else _words_of_load(guest_state)
+    if guest_state.run == "paused" and "late-block-activate" in leftovers and guest_state.migration == "completed":
         return "has loaded its state and is held: whoever restored it did not get to let it run"
-    return words + _words_of_migration(standing)
+    return words + _words_of_migration(guest_state)
 
 
-def _words_of_load(standing: Standing) -> str:
-    if standing.migration == "failed":
-        return f"has failed to load a state and cannot load another: {standing.reason or 'no reason given'}"
+def _words_of_load(guest_state: GuestState) -> str:
+    if guest_state.migration == "failed":
+        return f"has failed to load a state and cannot load another: {guest_state.reason or 'no reason given'}"
     return "is loading a state"
 
 
-def _words_of_migration(standing: Standing) -> str:
-    if standing.moving and standing.run != "finish-migrate":
-        sample = sample_of(standing.info)
-        return f" while its state is being sent ({standing.migration})" + (_words_of_sample(sample) if sample else "")
-    if standing.migration == "failed":
-        return f"; its last migration failed: {standing.reason or 'no reason given'}"
-    if standing.migration == "cancelled":
+def _words_of_migration(guest_state: GuestState) -> str:
+    if guest_state.moving and guest_state.run != "finish-migrate":
+        sample = sample_of(guest_state.info)
+        return f" while its state is being sent ({guest_state.migration})" + (
+            _words_of_sample(sample) if sample else ""
+        )
+    if guest_state.migration == "failed":
+        return f"; its last migration failed: {guest_state.reason or 'no reason given'}"
+    if guest_state.migration == "cancelled":
         return "; its last migration was cancelled"
     return ""
 
@@ -171,18 +173,18 @@ def _words_of_sample(sample: Sample) -> str:
     return f": {sample.facts['percent']} %, {sample.words}{at_most}"
 
 
-def _next(path: str, standing: Standing) -> tuple[str, ...]:
+def _next(path: str, guest_state: GuestState) -> tuple[str, ...]:
     name = shlex.quote(path)
-    if standing.run == "inmigrate":
-        if standing.migration == "none":
+    if guest_state.run == "inmigrate":
+        if guest_state.migration == "none":
             return (f"vm-restore {name} < STATE",)
-        return ("end this QEMU and start it again with -incoming defer",) if standing.migration == "failed" else ()
-    if standing.run == "finish-migrate":
+        return ("end this QEMU and start it again with -incoming defer",) if guest_state.migration == "failed" else ()
+    if guest_state.run == "finish-migrate":
         return (f"vm-status {name}", f"vm-cancel {name}    (takes it back)")
-    if standing.moving:
+    if guest_state.moving:
         return (f"vm-status {name}",)
-    if standing.given_away:
+    if guest_state.given_away:
         return (f"vm-cont {name}    (only if it does not run elsewhere)",)
-    if standing.run in ("paused", "postmigrate", "prelaunch", "io-error"):
+    if guest_state.run in ("paused", "postmigrate", "prelaunch", "io-error"):
         return (f"vm-cont {name}",)
     return ()

@@ -49,7 +49,7 @@ class Against:
             if end and end.tail < len(data):
                 self._ahead = devices_at_end(data)
         except (OSError, Damaged, CannotDo):
-            # A pipe; or what the judge will say more about.
+            # A pipe; or what the validator will say more about.
             return
 
     def see(self, record: Record) -> None:
@@ -64,7 +64,7 @@ class Against:
     def _heads(self, blocks: tuple[tuple[str, int], ...]) -> None:
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
-            self._judge(misfits(monitor, self.path, self._machine, blocks))
+            self._check(misfits(monitor, self.path, self._machine, blocks))
 
     def whole(self, state: State) -> None:
         """All of it at once, of a state that is known."""
@@ -91,7 +91,7 @@ class Against:
             self.unknown.append("PCI devices, which this guest does not have")
         else:
             found += self._pci_differences(pci_of(devices), own)
-        self._judge(found)
+        self._check(found)
         self._compared = True
 
     def _pci_differences(self, pci: Pci, own: Pci) -> list[tuple[str, str]]:
@@ -103,7 +103,7 @@ class Against:
                 found.append((text, DEVICES))
         return found
 
-    def _judge(self, found: list[tuple[str, str]]) -> None:
+    def _check(self, found: list[tuple[str, str]]) -> None:
         if found:
             hints = dict.fromkeys(hint for _, hint in found)
             raise Misfit("; ".join(text for text, _ in found), *hints, f"not compared: {', '.join(self.unknown)}")

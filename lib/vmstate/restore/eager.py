@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..checkpoint.revert import WayBack
+from ..checkpoint.revert import Revert
 from ..errors import Damaged, GuestGone, Refused, Stopped, VmstateError
 from ..io.descriptors import HOLD, channel
-from ..io.pipeline import Stage
+from ..io.pipeline import ShellPipeline
 from ..io.readers import FdReader, Reader, open_input, read_up_to
 from ..progress import Progress, Sample
 from ..qemu.incoming import NO_ROUNDS, Waiting, require_fit, require_waiting
@@ -18,7 +18,7 @@ from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals
-from ..stream.description import judge_end
+from ..stream.description import validate_end
 from ..stream.identity import identity
 from ..stream.validate import State
 from ..vmz import decompress
@@ -29,7 +29,7 @@ from .relay import Head, Incoming, QemuStopped, read_head
 
 
 @dataclass(frozen=True)
-class Plan:
+class RestorePlan:
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
     disks: to be put back, for the QEMU to start.  once: where it is noted.
@@ -39,22 +39,22 @@ class Plan:
     command: list[str] = field(default_factory=list)
     run: bool | None = None
     source: str | None = None
-    disks: WayBack | None = None
+    disks: Revert | None = None
     once: Once | None = None
 
 
 class Restore:
     """One restore, from its plan to its outcome."""
 
-    def __init__(self, plan: Plan, report: Report, mode: str) -> None:
+    def __init__(self, plan: RestorePlan, report: Report, mode: str) -> None:
         self._plan = plan
         self._report = report
         self._mode = mode
         if plan.command:
             check_arguments(plan.command[1:])
         hold_signals()
-        self._stage = Stage(plan.source, "source") if plan.source else None
-        self._fd = self._stage.fd if self._stage else open_input(None)
+        self._pipeline = ShellPipeline(plan.source, "source") if plan.source else None
+        self._fd = self._pipeline.fd if self._pipeline else open_input(None)
         self._process: Process | None = None
         self._waiting: Waiting | None = None
         self._incoming: Incoming | None = None
@@ -80,16 +80,16 @@ class Restore:
         """The head of the plain state, the bytes read for it, and where the rest comes from."""
         source = FdReader(self._fd)
         first = read_up_to(source, decompress.FIRST)
-        if not self._stage:
+        if not self._pipeline:
             # Before QEMU gets a byte: a file that was not finished has no end record.
             vmz_file(self._fd, len(first))
         plain = decompress.unpacked(source, first)
         head, ahead = read_head(plain)
-        if decompress.recognise(first) == "state" and not self._stage:
-            self._judge_seekable(len(ahead))
+        if decompress.recognise(first) == "state" and not self._pipeline:
+            self._validate_seekable(len(ahead))
         return head, ahead, plain
 
-    def _judge_seekable(self, ahead: int) -> None:
+    def _validate_seekable(self, ahead: int) -> None:
         """Where the input is a file, its end is looked at before QEMU gets a byte."""
         try:
             start = os.lseek(self._fd, 0, os.SEEK_CUR) - ahead
@@ -99,7 +99,7 @@ class Restore:
         if size > start:
             self._size = size - start
             tail = max(start, size - HOLD)
-            judge_end(os.pread(self._fd, size - tail, tail))
+            validate_end(os.pread(self._fd, size - tail, tail))
 
     def _find_guest(self, head: Head) -> str:
         if self._plan.command:
@@ -141,11 +141,11 @@ class Restore:
     def _proven(self, state: State) -> None:
         """The input ends as a whole state does; so must all stages before it, each with 0."""
         if self._plan.disks:
-            self._plan.disks.judge(state)
+            self._plan.disks.validate(state)
         if self._plan.once:
             self._plan.once.require_new(identity(state))
-        if self._stage and not self._whole:
-            self._stage.finish()
+        if self._pipeline and not self._whole:
+            self._pipeline.finish()
         self._whole = True
 
     def _note(self, saved: State) -> None:
@@ -165,8 +165,8 @@ class Restore:
         no_more_signals()
         self._ours.close()
         self._theirs.close()
-        if self._stage:
-            self._stage.end()
+        if self._pipeline:
+            self._pipeline.end()
         if self._process:
             self._process.end()
         if self._plan.disks:
@@ -176,7 +176,7 @@ class Restore:
         if self._waiting and not self._process:
             if self._waiting.begun and isinstance(error, Damaged):
                 self._waiting.discard()
-            error.hints = (*error.hints, self._waiting.fate())
+            error.hints = (*error.hints, self._waiting.outcome_text())
         return error
 
     def _settle(self, waiting: Waiting, saved: State) -> Outcome:

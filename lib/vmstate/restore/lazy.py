@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from ..checkpoint.revert import WayBack
+from ..checkpoint.revert import Revert
 from ..errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
 from ..io.descriptors import channel
 from ..qemu import markers
@@ -20,11 +20,11 @@ from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_waiting
 from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor, StandsStill
 from ..qemu.outgoing import NAME
-from ..qemu.settings import Found, prepare, tidy
-from ..qemu.state import Standing, glance, look, odd_pages, patiently, wait_for
+from ..qemu.settings import SavedSettings, clear_leftovers, prepare
+from ..qemu.state import GuestState, odd_pages, query, query_once, wait_for, with_retry
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals
-from ..stream.identity import identity as which
+from ..stream.identity import identity
 from ..vmz import decompress
 from ..vmz.state_file import RawFile, StateFile, state_of
 from ..vmz.vmz_file import vmz_file
@@ -32,7 +32,7 @@ from . import page_injection
 from .compatibility import Against
 from .once import Once
 from .outcome import Outcome, nics_of
-from .page_server import Lost, PageServer, Place, Tally
+from .page_server import Lost, PageServer, Place, ServedPages
 from .page_server_thread import Recovered, Serving, recover
 from .postcopy import NoIndex, NotLazy, Opening, have_of, opening_of
 
@@ -43,7 +43,7 @@ STARTS = 60.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class LazyPlan:
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
     first: pages to be sent before the rest.  resume: the guest runs already, and has lost its server; sure: though it
@@ -57,7 +57,7 @@ class Plan:
     first: list[Place] = field(default_factory=list)
     resume: bool = False
     sure: bool = False
-    disks: WayBack | None = None
+    disks: Revert | None = None
     once: Once | None = None
 
 
@@ -85,7 +85,7 @@ def open_state(fd: int) -> StateFile:
     raise Damaged(f"no state of a guest: found {decompress.words_for(first)} at offset 0", *decompress.hints_for(first))
 
 
-def identity(opening: Opening) -> str:
+def opening_identity(opening: Opening) -> str:
     """Tells one state from another, however they are packed: the devices hold the moment."""
     return str(xxhash.xxh3_128_hexdigest(opening.head + opening.start + opening.devices))
 
@@ -96,18 +96,18 @@ class Lazy:
     Signals wait in between.
     """
 
-    def __init__(self, plan: Plan, report: Report, fd: int) -> None:
+    def __init__(self, plan: LazyPlan, report: Report, fd: int) -> None:
         self._plan = plan
         self._report = report
         self._file = open_state(fd)
         self._opening = opening_of(self._file)
         self._state = state_of(self._file)
         if plan.disks:
-            plan.disks.judge(self._state)
+            plan.disks.validate(self._state)
         if plan.once:
-            plan.once.require_new(which(self._state))
+            plan.once.require_new(identity(self._state))
         self._process: Process | None = None
-        self._found = Found()
+        self._saved = SavedSettings()
         self._ours: socket.socket | None = None
         self._serving: Serving | None = None
         self._halted = self._was_halted = False
@@ -116,8 +116,8 @@ class Lazy:
         self.seconds = 0.0
 
     @property
-    def tally(self) -> Tally:
-        return self._serving.server.tally if self._serving else Tally()
+    def tally(self) -> ServedPages:
+        return self._serving.server.tally if self._serving else ServedPages()
 
     def start(self) -> Outcome:
         """The guest runs (or stands, where it is to); what `Restore.run` gives."""
@@ -159,10 +159,10 @@ class Lazy:
         if isinstance(error, Damaged):
             raise self._damaged(error) from error
         if error is not None:
-            self._judge_loss(error)
+            self._check_loss(error)
             return
-        wait_for(self.path, lambda standing: not standing.moving, 60, "to complete")
-        patiently(self.path, self._afterwards)
+        wait_for(self.path, lambda guest_state: not guest_state.moving, 60, "to complete")
+        with_retry(self.path, self._afterwards)
         if self._unsettled:
             raise self._unsettled
 
@@ -178,8 +178,8 @@ class Lazy:
             hold_signals()
             self._set_up(monitor, run)
             if self._plan.once:
-                self._plan.once.note(which(self._state))
-            monitor.give(NAME, theirs.fileno())
+                self._plan.once.note(identity(self._state))
+            monitor.send_fd(NAME, theirs.fileno())
             Waiting.incoming(monitor)
             theirs.close()
             # Until `wait`: from now on the guest may run, and then a signal is to have all of its memory be brought.
@@ -203,12 +203,12 @@ class Lazy:
         if silent:
             self._report.note(NO_ROUNDS)
         try:
-            prepare(monitor, ("postcopy-ram",), {"announce-rounds": 1} if silent else {}, self._found)
+            prepare(monitor, ("postcopy-ram",), {"announce-rounds": 1} if silent else {}, self._saved)
         except Refused as error:
-            self._found.put_back(monitor)
+            self._saved.put_back(monitor)
             hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"
             raise NotLazy(f"this QEMU cannot load lazily here: {error.text}", hint, EAGER) from error
-        markers.put(monitor, markers.LAZY, state=identity(self._opening), on_demand=self._plan.on_demand)
+        markers.put(monitor, markers.LAZY, state=opening_identity(self._opening), on_demand=self._plan.on_demand)
         # Whether a guest runs that is loaded in this way is not in its state, but set here.
         monitor.ask("cont" if run else "stop")
 
@@ -216,10 +216,10 @@ class Lazy:
         give_up = time.monotonic() + STARTS
         try:
             while True:
-                standing = look(monitor)
-                if standing.migration == "failed":
-                    raise refusal(standing.reason, True)
-                if standing.run in RUNS or (standing.run == "paused" and _crossed(standing)):
+                guest_state = query(monitor)
+                if guest_state.migration == "failed":
+                    raise refusal(guest_state.reason, True)
+                if guest_state.run in RUNS or (guest_state.run == "paused" and _crossed(guest_state)):
                     break
                 if self._serving and self._serving.error:
                     raise self._serving.error
@@ -233,19 +233,19 @@ class Lazy:
             if isinstance(error, GuestGone | Lost):
                 raise self._refusal(error) from error
             raise
-        if run and standing.run == "paused":
+        if run and guest_state.run == "paused":
             # It is served nevertheless, and said when that is done.
             words = f"the guest at {self.path} is loaded, but stands paused: QEMU could not take its disks"
             self._unsettled = Unsettled(words, f"once their other user is gone: vm-cont {self.path}")
-        return standing.run
+        return guest_state.run
 
     def _refusal(self, error: VmstateError) -> VmstateError:
         if self._process and not self._process.alive():
             return refusal(self._process.words(), True)
         with contextlib.suppress(VmstateError):
-            standing = glance(self.path)
-            if standing.reason:
-                return refusal(standing.reason, True)
+            guest_state = query_once(self.path)
+            if guest_state.reason:
+                return refusal(guest_state.reason, True)
         return refusal("", True) if isinstance(error, GuestGone) else error
 
     # a guest that has lost its server
@@ -255,22 +255,24 @@ class Lazy:
             return self._go_on()
         except StandsStill as error:
             page_injection.fill(
-                error.pid, self._file, self._opening, None if self._plan.sure else identity(self._opening)
+                error.pid, self._file, self._opening, None if self._plan.sure else opening_identity(self._opening)
             )
-        lost = wait_for(self.path, lambda standing: standing.migration != "postcopy-active", 20, "to see its loss")
+        lost = wait_for(
+            self.path, lambda guest_state: guest_state.migration != "postcopy-active", 20, "to see its loss"
+        )
         self._report.note(f"its QEMU was given what it lacked, from outside; the guest is '{lost.run}'")
         return self._go_on()
 
     def _go_on(self) -> str:
         with Monitor(self.path) as monitor:
-            standing = self._require_lost(monitor)
+            guest_state = self._require_lost(monitor)
             found = recover(monitor, self._opening)
             hold_signals()
             self._ours = found.end
             serving = self._make_serving(found.end.fileno())
             serving.server.take_up(self._have(found, monitor.pid()), found.path, found.said)
         serving.start(self._opening.part())
-        return patiently(self.path, self._run_on) if self._was_halted else standing.run
+        return with_retry(self.path, self._run_on) if self._was_halted else guest_state.run
 
     def _have(self, found: Recovered, pid: int) -> dict[bytes, bytearray]:
         """What QEMU knows that it has, and what was put there from outside."""
@@ -280,19 +282,19 @@ class Lazy:
             have[name] = bytearray((known | seen).to_bytes(len(there), "big"))
         return have
 
-    def _require_lost(self, monitor: Monitor) -> Standing:
-        standing = look(monitor)
+    def _require_lost(self, monitor: Monitor) -> GuestState:
+        guest_state = query(monitor)
         found = markers.read(monitor)
-        if (markers.LAZY not in found and not self._plan.sure) or not standing.migration.startswith("postcopy"):
-            text = f"the guest at {self.path} is not being restored lazily ({standing.run}, {standing.migration})"
+        if (markers.LAZY not in found and not self._plan.sure) or not guest_state.migration.startswith("postcopy"):
+            text = f"the guest at {self.path} is not being restored lazily ({guest_state.run}, {guest_state.migration})"
             raise CannotDo(text, f"vm-status {self.path}")
-        if standing.migration != "postcopy-paused":
-            text = f"the guest at {self.path} has a server that brings its pages ({standing.migration})"
+        if guest_state.migration != "postcopy-paused":
+            text = f"the guest at {self.path} has a server that brings its pages ({guest_state.migration})"
             raise CannotDo(text, f"vm-status {self.path}")
-        if markers.LAZY in found and found[markers.LAZY].get("state") != identity(self._opening):
+        if markers.LAZY in found and found[markers.LAZY].get("state") != opening_identity(self._opening):
             raise Misfit(f"this is not the state that the guest at {self.path} runs on", "its pages would be wrong")
         self._was_halted = markers.HALTED in found
-        return standing
+        return guest_state
 
     def _run_on(self, monitor: Monitor) -> str:
         with contextlib.suppress(Refused):
@@ -317,7 +319,7 @@ class Lazy:
         assert self._serving
         self._halted = True
         with contextlib.suppress(VmstateError), Monitor(self.path) as monitor:
-            if look(monitor).run in RUNS:
+            if query(monitor).run in RUNS:
                 # Before it stands: that can take until it is served again, where it waits for a page.
                 markers.put(monitor, markers.HALTED)
                 monitor.ask("stop")
@@ -326,27 +328,27 @@ class Lazy:
     # the end
 
     def _afterwards(self, monitor: Monitor) -> None:
-        standing = look(monitor)
-        if standing.migration == "failed":
-            raise CannotDo(f"QEMU ended the restore as failed: {standing.reason}")
+        guest_state = query(monitor)
+        if guest_state.migration == "failed":
+            raise CannotDo(f"QEMU ended the restore as failed: {guest_state.reason}")
         for name in (markers.LAZY, markers.HALTED):
             with contextlib.suppress(Refused):
                 monitor.ask("object-del", id=name)
         with contextlib.suppress(Refused):
-            self._found.put_back(monitor)
+            self._saved.put_back(monitor)
             if self._plan.resume:
-                tidy(monitor)
+                clear_leftovers(monitor)
 
-    def _judge_loss(self, error: BaseException) -> None:
+    def _check_loss(self, error: BaseException) -> None:
         if not isinstance(error, Lost):
             raise error
         try:
-            standing = wait_for(self.path, lambda s: s.migration != "postcopy-active", 20, "to end the restore")
+            guest_state = wait_for(self.path, lambda s: s.migration != "postcopy-active", 20, "to end the restore")
         except VmstateError as gone:
             if isinstance(gone, GuestGone) and self._plan.on_demand:
                 return
             raise GuestGone(f"the guest at {self.path} ended while its memory was being read") from gone
-        words = f"the guest at {self.path} runs ({standing.migration}), and lacks pages: {error}"
+        words = f"the guest at {self.path} runs ({guest_state.migration}), and lacks pages: {error}"
         raise Unsettled(words, self._resume()) from error
 
     def _resume(self) -> str:
@@ -368,7 +370,7 @@ class Lazy:
         if self._process:
             self._process.end()
         elif isinstance(error, VmstateError) and not isinstance(error, Unsettled) and not self._plan.resume:
-            error.hints = (*error.hints, Waiting(self.path).fate())
+            error.hints = (*error.hints, Waiting(self.path).outcome_text())
         if self._plan.disks:
             self._plan.disks.undo()
         return error
@@ -377,11 +379,11 @@ class Lazy:
 EAGER = "restore all of it before it runs: vm-restore without --lazy, or --lazy-or-eager"
 
 
-def _crossed(standing: Standing) -> bool:
-    return standing.migration in ("postcopy-active", "postcopy-paused", "completed")
+def _crossed(guest_state: GuestState) -> bool:
+    return guest_state.migration in ("postcopy-active", "postcopy-paused", "completed")
 
 
 def outcome_of(path: str, report: Report) -> Outcome:
     """What another process has restored."""
-    state = glance(path).run
+    state = query_once(path).run
     return Outcome(path, state, "", "", 0, nics_of(Waiting(path), report) if state in RUNS else [])

@@ -3,12 +3,12 @@
 from ..errors import CannotDo, Damaged, Unsettled
 from ..vmz.state_file import state_of
 from .lazy import open_state
-from .page_server import Lost, PageServer, Place, Tally
+from .page_server import Lost, PageServer, Place, ServedPages
 from .page_server_thread import Serving
 from .postcopy import opening_of
 
 
-def stdio(fd: int, on_demand: bool, first: list[Place]) -> Tally:
+def stdio(fd: int, on_demand: bool, first: list[Place]) -> ServedPages:
     """For a QEMU that runs us as its `-incoming exec:`, over standard input and output."""
     file = open_state(fd)
     opening = opening_of(file)

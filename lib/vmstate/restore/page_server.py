@@ -36,7 +36,7 @@ class Lost(CannotDo):
 
 
 @dataclass
-class Tally:
+class ServedPages:
     """asked: pages that QEMU asked for; order: these, as they were asked for.  when: seconds from the server's start to
     a request; waited: from there to its page's last byte.  sent: pages in all.  bytes: that left."""
 
@@ -101,7 +101,7 @@ class PageServer:
         self._over = False
         self._give_up = False
         self.damage: Damaged | None = None
-        self.tally = Tally()
+        self.tally = ServedPages()
 
     def take_up(self, have: dict[bytes, bytearray], path: ReturnPath, said: list[Said]) -> None:
         """QEMU has the pages of `have` (a byte for each); it has `said` something, and `path` may hold more."""

@@ -82,7 +82,7 @@ def recover(monitor: Monitor, opening: Opening) -> Recovered:
     place = os.path.join(folder, "channel")
     try:
         # A QEMU that stands still, for want of a page, listens only where it is asked past its own queue.
-        monitor.urge("migrate-recover", uri=f"unix:{place}")
+        monitor.ask_oob("migrate-recover", uri=f"unix:{place}")
         end = _connected(place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from ..io.descriptors import HOLD, enlarge, write_all
 from ..io.readers import Pushback, Reader, read_up_to
 from ..stream.reader import StateReader
 from ..stream.records import Blocks, Configuration
-from ..stream.validate import State, judge
+from ..stream.validate import State, validate
 
 PIECE = 64 << 10
 
@@ -76,14 +76,14 @@ class Incoming:
             self._ahead += read_up_to(self, HOLD - len(self._ahead))
         if len(self._ahead) >= HOLD:
             return None
-        return judge(Pushback(self._ahead, _Nothing()))
+        return validate(Pushback(self._ahead, _Nothing()))
 
     def carry(self, settle: Callable[[State], object]) -> State:
         """Pass on the whole input; `settle` is called once it has proven its end, before the devices are let go.
 
         Damaged where the input is not whole, QemuStopped where QEMU refuses.
         """
-        state = judge(Pushback(self._ahead, self), self._pass, settle=settle)
+        state = validate(Pushback(self._ahead, self), self._pass, settle=settle)
         with contextlib.suppress(OSError):
             self._qemu.shutdown(socket.SHUT_WR)
         return state

@@ -67,7 +67,7 @@ def find_end(data: bytes) -> End | None:
         raise Damaged(f"the description at the end cannot be read: {error}") from error
 
 
-def judge_end(data: bytes) -> End:
+def validate_end(data: bytes) -> End:
     """The end of the state whose last bytes are `data`; Damaged where it has none."""
     end = find_end(data)
     if end is None:

@@ -1,4 +1,4 @@
-"""The judge: whether records come in an order that makes a whole state, and what that state is.
+"""The validator: whether records come in an order that makes a whole state, and what that state is.
 
 The reader has proven the grammar; here are the rules that span records: each section's rounds, every page of every
 block, the device sections against the description, nothing behind the end.
@@ -59,7 +59,7 @@ class State:
     size: int = 0
 
 
-class Judge:
+class Validator:
     """`see` each record in its turn; `state` is what they make, once the last one has been seen.  Raises Damaged."""
 
     def __init__(self) -> None:
@@ -158,12 +158,12 @@ class Judge:
         state.size = record.offset + 5 + len(record.data)
         try:
             take_devices(state, self._devices, record)
-            self._judge_pages()
+            self._validate_pages()
         except UNREADABLE as error:
             raise Damaged(f"the description at offset {record.offset} cannot be read: {error}") from error
         self.ended = True
 
-    def _judge_pages(self) -> None:
+    def _validate_pages(self) -> None:
         if "x-ignore-shared" in self.state.capabilities or any(
             gap in json.dumps(self.state.description) for gap in GAPS
         ):
@@ -201,7 +201,7 @@ def take_devices(state: State, records: list[Devices], description: Description)
         raise Damaged("no section 'globalstate' with a run state before the end mark")
 
 
-def judge(
+def validate(
     source: Reader,
     sink: Callable[[memoryview], object] | None = None,
     see: Callable[[Record], object] | None = None,
@@ -212,15 +212,15 @@ def judge(
     What has been found good goes to `sink`, the device sections and all behind them only once the input has proven its
     end and `settle` has been called.  `see` is shown every record.
     """
-    reader, court = StateReader(source, sink), Judge()
+    reader, validator = StateReader(source, sink), Validator()
     for record in reader:
-        court.see(record)
+        validator.see(record)
         if see:
             see(record)
-    if not court.ended:
+    if not validator.ended:
         raise Damaged(f"the state ends at offset {reader.window.offset} without a description of its devices")
     reader.expect_end()
     if settle:
-        settle(court.state)
+        settle(validator.state)
     reader.window.flush()
-    return court.state
+    return validator.state

@@ -7,10 +7,10 @@ from typing import Any
 from ..errors import CannotDo, Damaged
 from ..io.descriptors import HOLD, write_all
 from ..io.readers import Pushback, Reader, blocks, read_up_to
-from ..stream.validate import judge
+from ..stream.validate import validate
 from . import file_format, reader
 from .decompress import FIRST, hints_for, recognise, words_for
-from .page_index import Places, parse
+from .page_index import PageIndexBuilder, parse
 from .vmz_file import vmz_file
 from .writer import Writer
 from .zstd import Unzstd
@@ -47,9 +47,9 @@ def _all(source: Reader, writer: Writer) -> list[tuple[int, bytes]]:
 
 
 def _state(source: Reader, writer: Writer) -> list[tuple[int, bytes]]:
-    places = Places()
-    state = judge(source, writer.write, places.see)
-    return places.records(state)
+    builder = PageIndexBuilder()
+    state = validate(source, writer.write, builder.see)
+    return builder.records(state)
 
 
 def decompress(source: Reader, fd: int | None, threads: int = 0, *, other: bool = False) -> int:
@@ -79,7 +79,7 @@ def decompress(source: Reader, fd: int | None, threads: int = 0, *, other: bool 
             written(block)
     else:
         try:
-            judge(content, written)
+            validate(content, written)
         except Damaged as error:
             if written.count == 0:
                 error.hints = (*error.hints, ANY)

@@ -52,7 +52,7 @@ KNOWN = (REC_TOTALS,)
 
 
 @dataclass
-class Tally:
+class FileTally:
     """What a file is made of, as far as it has been written or read; enough to write or to check its last two frames.
 
     contents, packed, digests: of each group its content, its bytes with its table, the digest in its table.
@@ -149,7 +149,7 @@ class Table:
         return int.from_bytes(self.raw[:8], "little")
 
 
-def parse_head(content: bytes) -> Tally:
+def parse_head(content: bytes) -> FileTally:
     """What the first frame says."""
     if len(content) != HEAD_FORM.size:
         raise Damaged(f"head of a .vmz: expected {HEAD_FORM.size} bytes, found {len(content)}")
@@ -161,7 +161,7 @@ def parse_head(content: bytes) -> Tally:
         raise Damaged(f"a .vmz of another version: expected {VERSION}, found {version}, flags {flags:#x}", hint)
     if not LEAST_FRAME <= size <= MOST_FRAME:
         raise Damaged(f"head of a .vmz: frames of {size} bytes")
-    return Tally(size, flags)
+    return FileTally(size, flags)
 
 
 def is_state(first: bytes) -> bool:
@@ -211,7 +211,7 @@ def check_frame(frame: bytes | memoryview, expected: int, offset: int) -> None:
         raise Damaged(f"corrupt frame at offset {offset}: its digest is not that of the table before it")
 
 
-def check_totals(records: dict[int, list[bytes]], tally: Tally, offset: int) -> None:
+def check_totals(records: dict[int, list[bytes]], tally: FileTally, offset: int) -> None:
     if records[REC_TOTALS][0] != tally.totals():
         raise Damaged(f"end record at offset {offset} is not of the frames before it")
     if (packed := records.get(REC_GROUPS)) and unpack(packed[0], INDEX_LIMIT, offset) != tally.groups():

@@ -25,7 +25,7 @@ MOST_RUNS, MOST_PAGES = 1 << 18, 1 << 23
 BLOCK_HEAD = struct.Struct("<HQIQI")  # size of the name, of the block, of a page; pages sent again; runs
 
 
-class Places:
+class PageIndexBuilder:
     """`see` every record of a state; then `records` are those of the index."""
 
     def __init__(self) -> None:
@@ -231,7 +231,7 @@ def parse_blocks(records: dict[int, list[bytes]], offset: int) -> dict[bytes, Bl
 
 
 def parse(
-    tally: file_format.Tally, records: dict[int, list[bytes]]
+    tally: file_format.FileTally, records: dict[int, list[bytes]]
 ) -> tuple[dict[str, Any] | None, dict[bytes, BlockIndex]]:
     """The facts about the state, and its blocks, of a file whose end record is known; (None, {}) where it has no index.
 

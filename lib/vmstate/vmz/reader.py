@@ -21,15 +21,15 @@ from .file_format import (
     MOST_PACKED,
     TABLE,
     TABLE_LIMIT,
+    FileTally,
     Table,
-    Tally,
     check_frame,
     check_totals,
     parse_end,
     parse_head,
     parse_table,
 )
-from .workers import _Pool, processors
+from .workers import Pool, processors
 
 
 class Unvmz:
@@ -42,12 +42,12 @@ class Unvmz:
         self._source = source
         self._base = offset
         threads = max(1, min(processors(threads), MEMORY // (2 * GROUP)))
-        self._pool = _Pool(threads, threads + AHEAD)
+        self._pool = Pool(threads, threads + AHEAD)
         self._own = local()
         # Packed groups: one is being read, the others are in the pool.
         self._free = [memory(MOST_PACKED) for _ in range(threads + AHEAD + 1)]
         self._busy: deque[memoryview] = deque()
-        self.tally = Tally()
+        self.tally = FileTally()
         self.records: dict[int, list[bytes]] | None = None
         self._end_size = 0
         self._pieces = self.pieces()

@@ -11,7 +11,7 @@ from ..stream.description import UNREADABLE
 from ..stream.page_map import NORMAL
 from ..stream.reader import StateReader
 from ..stream.records import Blocks, Description, Devices
-from ..stream.validate import Judge, State, judge, take_devices
+from ..stream.validate import State, Validator, take_devices, validate
 from . import page_index
 
 # What a file that is not packed is read by
@@ -62,12 +62,12 @@ class RawFile(StateFile):
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._base = os.lseek(fd, 0, os.SEEK_CUR)
-        places = page_index.Places()
-        state = judge(FdReader(fd), see=places.see)
+        builder = page_index.PageIndexBuilder()
+        state = validate(FdReader(fd), see=builder.see)
         # Whoever reads it as a whole after all begins at its beginning.
         os.lseek(fd, self._base, os.SEEK_SET)
         records: dict[int, list[bytes]] = {}
-        for kind, data in places.records(state):
+        for kind, data in builder.records(state):
             records.setdefault(kind, []).append(data)
         self.facts = page_index.parse_facts(records, 0)
         self.blocks = page_index.parse_blocks(records, 0)
@@ -99,12 +99,12 @@ def state_of(file: StateFile) -> State:
     facts = file.facts
     if facts is None:
         raise CannotDo("this .vmz has no index: it was packed with --any", "unpack it: vm-compress -d --any")
-    court = Judge()
+    validator = Validator()
     for record in StateReader(file.reader(0)):
-        court.see(record)
+        validator.see(record)
         if isinstance(record, Blocks):
             break
-    state = court.state
+    state = validator.state
     try:
         for name in page_index.FACTS:
             setattr(state, name, facts[name])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class _Pool:
+class Pool:
     """Work for all processors, whose results come in the order in which it was given."""
 
     def __init__(self, threads: int, ahead: int) -> None:

@@ -19,10 +19,10 @@ from .file_format import (
     RECORD_HEAD,
     TABLE,
     TABLE_ENTRY,
-    Tally,
+    FileTally,
     digest,
 )
-from .workers import _Pool, processors
+from .workers import Pool, processors
 
 
 class Writer:
@@ -36,14 +36,14 @@ class Writer:
         self._level = level
         _, context = zstd.packer(level, FRAME)
         threads = max(1, min(processors(threads), MEMORY // (2 * GROUP + context)))
-        self._pool = _Pool(threads, threads + AHEAD)
+        self._pool = Pool(threads, threads + AHEAD)
         self._own = local()
         # One is being filled, the others are in the pool.
         self._free = [memory(GROUP) for _ in range(threads + AHEAD + 1)]
         self._busy: deque[memoryview] = deque()
         self._buffer = self._free.pop()
         self._filled = 0
-        self.tally = Tally(FRAME, OTHER_BYTES if other else 0)
+        self.tally = FileTally(FRAME, OTHER_BYTES if other else 0)
 
     @property
     def written(self) -> int:

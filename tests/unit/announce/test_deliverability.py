@@ -5,11 +5,11 @@ import os
 import pytest
 from vmstate.announce import deliverability
 from vmstate.net import egress, neighbours
-from vmstate.net.egress import Target
+from vmstate.net.egress import Egress
 from vmstate.net.nic import Nic
 
 MAC = "52:54:00:12:34:56"
-TAP = Target(Nic(MAC, "tap0"), "br0", "tap0")
+TAP = Egress(Nic(MAC, "tap0"), "br0", "tap0")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def system(tmp_path, monkeypatch):
 
 
 def doubts(place=TAP):
-    return [one.text for one in deliverability.findings(place) if one.bad]
+    return [one.text for one in deliverability.doubts(place) if one.bad]
 
 
 def test_nothing_speaks_against_it(system):
@@ -63,7 +63,7 @@ def test_a_card_of_a_cloud(system):
     os.makedirs(system.folder / "drivers/ena")
     os.makedirs(system.folder / "class/net/up0/device")
     os.symlink(system.folder / "drivers/ena", system.folder / "class/net/up0/device/driver")
-    (found,) = [one for one in deliverability.findings(TAP) if one.bad]
+    (found,) = [one for one in deliverability.doubts(TAP) if one.bad]
     assert "(ena)" in found.text
     assert "port security" in found.hint
 
@@ -83,7 +83,7 @@ def test_a_port_that_takes_not_everybody(system, monkeypatch, flags, words):
 def test_the_mode_of_a_macvtap(system, monkeypatch, mode, bad):
     system("mv0", carrier="1", macvtap__tap3="", lower_up0="")
     monkeypatch.setattr(neighbours, "links", lambda: [{"ifname": "mv0", "linkinfo": {"info_data": {"mode": mode}}}])
-    found = deliverability.findings(Target(Nic(MAC, "mv0"), "mv0"))
+    found = deliverability.doubts(Egress(Nic(MAC, "mv0"), "mv0"))
     assert any(one.bad for one in found) == bad
     assert any(f"mv0 is in mode {mode}" in one.text for one in found) == (mode != "bridge")
 
@@ -93,7 +93,7 @@ def test_what_a_peer_like_this_host_does(system):
         path = system.folder / "sys/ipv4/conf/all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(value)
-    text = "\n".join(one.text for one in deliverability.findings(TAP))
+    text = "\n".join(one.text for one in deliverability.doubts(TAP))
     assert "takes the IPv4 address, known or not" in text
     assert "the kernel announces this host's own addresses" in text
     path = system.folder / "sys/ipv6/conf/br0/drop_unsolicited_na"

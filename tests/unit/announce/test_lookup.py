@@ -2,9 +2,9 @@
 
 from vmstate.announce import guest_query, lookup
 from vmstate.announce.guest_query import Told
-from vmstate.announce.lookup import AGENT, FILTER, FORWARDING, NEIGHBOURS, Found
+from vmstate.announce.lookup import AGENT, FILTER, FORWARDING, NEIGHBOURS, Candidate
 from vmstate.net import neighbours
-from vmstate.net.egress import Target
+from vmstate.net.egress import Egress
 from vmstate.net.nic import Nic
 
 ONE, TWO, THREE = "52:54:00:12:34:56", "52:54:00:12:34:57", "52:54:00:12:34:58"
@@ -30,25 +30,25 @@ def test_a_family_is_asked_for_only_once():
 def test_the_order_of_the_sources(monkeypatch):
     monkeypatch.setattr(neighbours, "neighbours", lambda: {ONE: ("192.0.2.9",), THREE: ("2001:db8::3",)})
     monkeypatch.setattr(neighbours, "learned", lambda: {"tap0": (ONE, TWO), "up0": ("52:54:00:12:34:99",)})
-    place = Target(Nic(ONE, "tap0", ("2001:db8::1",)), "br0", "tap0")
+    place = Egress(Nic(ONE, "tap0", ("2001:db8::1",)), "br0", "tap0")
     known = told(further={ONE: (THREE, TWO)}, vlans={ONE: (10, 20)}, addresses={ONE: ("192.0.2.7",)})
     assert list(lookup.find([place], known)) == [
-        Found(place, {"192.0.2.7": AGENT}, fresh=False),
-        Found(place._replace(nic=Nic(TWO, "tap0")), {None: FILTER}),
-        Found(place._replace(nic=Nic(THREE, "tap0")), {None: FILTER, "2001:db8::3": NEIGHBOURS}),
-        Found(place, {None: FILTER}, (10,)),
-        Found(place, {None: FILTER}, (20,)),
+        Candidate(place, {"192.0.2.7": AGENT}, fresh=False),
+        Candidate(place._replace(nic=Nic(TWO, "tap0")), {None: FILTER}),
+        Candidate(place._replace(nic=Nic(THREE, "tap0")), {None: FILTER, "2001:db8::3": NEIGHBOURS}),
+        Candidate(place, {None: FILTER}, (10,)),
+        Candidate(place, {None: FILTER}, (20,)),
     ]
     assert list(lookup.find([place], None)) == [
-        Found(place, {"192.0.2.9": NEIGHBOURS}, fresh=False),
-        Found(place._replace(nic=Nic(TWO, "tap0")), {None: FORWARDING}),
+        Candidate(place, {"192.0.2.9": NEIGHBOURS}, fresh=False),
+        Candidate(place._replace(nic=Nic(TWO, "tap0")), {None: FORWARDING}),
     ]
 
 
 def test_a_card_with_a_line_of_its_own_is_not_found_again(monkeypatch):
     monkeypatch.setattr(neighbours, "neighbours", dict)
     monkeypatch.setattr(neighbours, "learned", lambda: {"tap0": (ONE, TWO)})
-    places = [Target(Nic(mac, "tap0"), "br0", "tap0") for mac in (ONE, TWO)]
+    places = [Egress(Nic(mac, "tap0"), "br0", "tap0") for mac in (ONE, TWO)]
     assert list(lookup.find(places, None)) == []
 
 
@@ -68,12 +68,12 @@ def test_the_filter_of_a_card():
 
 def test_a_finder_works_beside(monkeypatch):
     monkeypatch.setattr(neighbours, "neighbours", lambda: {ONE: ("192.0.2.9",)})
-    finder = lookup.Finder("nowhere.qmp")
-    place = Target(Nic(ONE, "br0"), "br0")
+    finder = lookup.Lookup("nowhere.qmp")
+    place = Egress(Nic(ONE, "br0"), "br0")
     finder.look([place])
     assert finder.jobs == 1
     silent = finder.take()
     assert silent.serious
     assert "no guest at nowhere.qmp" in silent.reason
-    assert finder.take() == [Found(place, {"192.0.2.9": NEIGHBOURS}, fresh=False)]
+    assert finder.take() == [Candidate(place, {"192.0.2.9": NEIGHBOURS}, fresh=False)]
     assert finder.jobs == 0

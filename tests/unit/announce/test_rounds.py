@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.announce import rounds as announce_rounds
-from vmstate.announce.lookup import Found
+from vmstate.announce.lookup import Candidate
 from vmstate.net import egress
 from vmstate.net.nic import Nic
 
@@ -54,7 +54,7 @@ class Sender:
 
 
 def item(iface):
-    return announce_rounds.Item(Found(egress.Target(Nic(MAC, iface), iface), {None: "the line"}))
+    return announce_rounds.Item(Candidate(egress.Egress(Nic(MAC, iface), iface), {None: "the line"}))
 
 
 def test_one_that_fails_keeps_no_other_back():

@@ -21,7 +21,7 @@ def argv(monkeypatch):
     def made(vm_ssh, aes=True):
         monkeypatch.setenv("VM_SSH", vm_ssh)
         monkeypatch.setattr(uri, "has_aes", lambda: aes)
-        return uri.way_of(URI).argv()
+        return uri.transport_of(URI).argv()
 
     return made
 

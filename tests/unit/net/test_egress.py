@@ -47,7 +47,7 @@ def system(tmp_path, monkeypatch):
 
 
 def where(iface):
-    found = egress.target(Nic(MAC, iface))
+    found = egress.egress_of(Nic(MAC, iface))
     return found.iface, found.tap
 
 
@@ -115,16 +115,16 @@ def test_a_given_interface(system):
     system("tap0", tap=True, master="br0")
     system("tap1", tap=True)
     system("up0")
-    found = [egress.target(Nic(MAC, name), "up0") for name in ("tap0", "tap1", "br0")]
+    found = [egress.egress_of(Nic(MAC, name), "up0") for name in ("tap0", "tap1", "br0")]
     assert [(place.iface, place.tap) for place in found] == [("up0", "tap0"), ("up0", None), ("up0", None)]
     with pytest.raises(CannotDo, match="up9 does not exist"):
-        egress.target(Nic(MAC, "tap0"), "up9")
+        egress.egress_of(Nic(MAC, "tap0"), "up9")
 
 
 def test_what_was_seen_of_an_interface_counts_for_a_while(system, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(egress.time, "monotonic", lambda: now[0])
-    seen = egress.Places()
+    seen = egress.EgressFinder()
     with pytest.raises(CannotDo):
         seen.of(Nic(MAC, "x0"))
     system("x0")
@@ -132,7 +132,7 @@ def test_what_was_seen_of_an_interface_counts_for_a_while(system, monkeypatch):
         seen.of(Nic(MAC, "x0"))
     now[0] += 2
     for mac in (MAC, "52:54:00:12:34:57"):
-        assert seen.of(Nic(mac, "x0")) == egress.Target(Nic(mac, "x0"), "x0")
+        assert seen.of(Nic(mac, "x0")) == egress.Egress(Nic(mac, "x0"), "x0")
 
 
 def test_the_request_to_move_an_entry():

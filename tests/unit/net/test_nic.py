@@ -21,7 +21,7 @@ def plain(mac_bytes):
 macs = st.binary(min_size=6, max_size=6).map(plain).filter(lambda mac: mac != "00:00:00:00:00:00")
 ifaces = st.none() | st.from_regex(r"[a-z][a-z0-9._-]{0,14}", fullmatch=True)
 addresses = (
-    st.ip_addresses().filter(net_nic._announceable).filter(lambda ip: not getattr(ip, "scope_id", None)).map(str)
+    st.ip_addresses().filter(net_nic.is_announceable).filter(lambda ip: not getattr(ip, "scope_id", None)).map(str)
 )
 
 

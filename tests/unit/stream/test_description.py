@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vmstate.errors import Damaged
 from vmstate.io.descriptors import HOLD
 from vmstate.stream import constants
-from vmstate.stream.description import description_at_end, find_end, judge_end
+from vmstate.stream.description import description_at_end, find_end, validate_end
 
 from unit.streams import NAMES, state
 
@@ -16,7 +16,7 @@ from unit.streams import NAMES, state
 @pytest.mark.parametrize("name", NAMES)
 def test_a_real_end(name: str) -> None:
     data = state(name)
-    end = judge_end(data)
+    end = validate_end(data)
     assert end.runstate == "prelaunch"
     mark, start = description_at_end(data) or (0, 0)
     assert end.description == len(data) - start
@@ -33,16 +33,16 @@ def test_a_real_end(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tail_alone_is_enough_but_no_less(name: str) -> None:
     data = state(name)
-    end = judge_end(data)
-    assert judge_end(data[-end.tail - 13 :]) == end
+    end = validate_end(data)
+    assert validate_end(data[-end.tail - 13 :]) == end
     with pytest.raises(Damaged, match="are not those of the description"):
-        judge_end(data[-end.tail + 1 :])
+        validate_end(data[-end.tail + 1 :])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_anywhere_it_is_not_whole(name: str) -> None:
     data = state(name)
-    end = judge_end(data)
+    end = validate_end(data)
     cuts = {*range(1, 300), *range(300, end.tail, 977), end.description, end.description + 1, end.description + 6}
     for cut in cuts:
         assert find_end(data[:-cut]) is None, cut
@@ -51,7 +51,7 @@ def test_cut_anywhere_it_is_not_whole(name: str) -> None:
 @pytest.mark.parametrize("junk", [b"}", b"\0", b"x", bytes(1024), b'{"devices": []}'])
 def test_anything_behind_the_end(junk: bytes) -> None:
     with pytest.raises(Damaged, match="the state is not whole: expected an end mark and the whole description"):
-        judge_end(state("q35-7.2") + junk)
+        validate_end(state("q35-7.2") + junk)
 
 
 @settings(max_examples=300, deadline=None)
@@ -59,21 +59,21 @@ def test_anything_behind_the_end(junk: bytes) -> None:
 def test_a_changed_byte_around_a_section_is_seen(data: st.DataObject) -> None:
     """Headers, names and footers of the device sections; what is inside them is not judged yet."""
     whole = state("q35-10.0")
-    end = judge_end(whole)
+    end = validate_end(whole)
     mark = (description_at_end(whole) or (0, 0))[0]
     at = whole.find(b"globalstate", len(whole) - end.tail)
     place = data.draw(st.sampled_from([at + i for i in range(-6, 15)] + [mark - 5 + i for i in range(5)]))
     flip = data.draw(st.integers(1, 255))
     forged = whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :]
     with pytest.raises(Damaged):
-        judge_end(forged)
+        validate_end(forged)
 
 
 def test_a_description_that_is_no_json() -> None:
     text = b"{" + b"x" * 100 + b"}"
     forged = bytes([0x7E, 0, 0, 0, 2]) + constants.END.pack(0, 6, len(text)) + text
     with pytest.raises(Damaged, match="the description at the end cannot be read"):
-        judge_end(forged)
+        validate_end(forged)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_forged_description(description: str) -> None:
     text = description.encode() + (b"]" * 60 + b"}" if description.endswith("[") else b"")
     forged = bytes([0x7E, 0, 0, 0, 2]) + constants.END.pack(0, 6, len(text)) + text
     with pytest.raises(Damaged):
-        judge_end(forged)
+        validate_end(forged)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_a_damaged_description_is_damage_and_no_bug(old: bytes, new: bytes) -> N
     forged = data[:at] + new + data[at + len(old) :]
     if at >= 0:
         with pytest.raises(Damaged):
-            judge_end(forged)
+            validate_end(forged)
     text = json.dumps({"devices": [{"name": "x" * 300, "instance_id": 1 << 40, "fields": []}]}).encode()
     with pytest.raises(Damaged):
-        judge_end(bytes(20) + constants.END.pack(0, 6, len(text)) + text)
+        validate_end(bytes(20) + constants.END.pack(0, 6, len(text)) + text)
 
 
 def test_a_large_description() -> None:
@@ -145,9 +145,9 @@ def made_state(size: int) -> bytes:
 
 def test_a_device_larger_than_what_is_held() -> None:
     whole = made_state(20 << 20)
-    assert judge_end(whole).devices == 2
-    held = judge_end(whole[-HOLD:])
+    assert validate_end(whole).devices == 2
+    held = validate_end(whole[-HOLD:])
     assert (held.devices, held.runstate, held.tail) == (1, "running", HOLD)
     with pytest.raises(Damaged):
-        judge_end(whole[-HOLD + 1 :])
+        validate_end(whole[-HOLD + 1 :])
     assert find_end(whole[-HOLD - 1 : -1]) is None

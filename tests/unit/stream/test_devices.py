@@ -16,7 +16,7 @@ from vmstate.stream import constants, device_facts
 from vmstate.stream.description import _size, description_at_end
 from vmstate.stream.device_values import Device, Field, Struct, find_field, to_json
 from vmstate.stream.devices import NUMBERS, decode, decode_part, parse_description
-from vmstate.stream.validate import judge
+from vmstate.stream.validate import validate
 
 from unit.streams import NAMES, Pieces, names, refused, state
 
@@ -504,11 +504,11 @@ def test_a_section_before_ram_that_is_not_described_is_shown_as_bytes() -> None:
     early = description["devices"].pop(0)
     text = json.dumps(description).encode()
     whole = data[:mark] + constants.END.pack(0, 6, len(text)) + text
-    part = judge(Pieces(whole)).parts[0]
+    part = validate(Pieces(whole)).parts[0]
     shown = decode_part(part)
     assert (shown.name, shown.instance, shown.root) == (early["name"], early["instance_id"], None)
-    assert shown.raw == judge(Pieces(data)).parts[0].payload
+    assert shown.raw == validate(Pieces(data)).parts[0].payload
     # Its footer is looked at all the same.
     at = data.index(early["name"].encode()) - 5
     with pytest.raises(Damaged, match="no footer of section"):
-        judge(Pieces(whole[:at] + b"\xff" + whole[at + 1 :]))
+        validate(Pieces(whole[:at] + b"\xff" + whole[at + 1 :]))

@@ -17,7 +17,7 @@ from vmstate.stream import constants
 from vmstate.stream.ram import Ram
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Command, Description, Devices, EndOfBody, Footer, Pages, Record, Section
-from vmstate.stream.validate import judge
+from vmstate.stream.validate import validate
 from vmstate.stream.writer import encode
 
 from unit.streams import BAD, GOOD, Pieces, names, refused, state
@@ -53,7 +53,7 @@ def changed(data: bytes, at: int, new: bytes) -> bytes:
 def damage(data: bytes) -> str:
     """What the judge says of a damaged state."""
     with pytest.raises(Damaged) as raised:
-        judge(Pieces(data))
+        validate(Pieces(data))
     return str(raised.value)
 
 
@@ -109,7 +109,7 @@ def test_a_window(data: bytes, size: int, steps: list[int], piece: int) -> None:
 def test_a_good_one_is_accepted(name: str) -> None:
     """Nothing but the input comes out, and the devices only once `settle` was called."""
     sink, before = bytearray(), []
-    found = judge(Pieces(state(name), 50_000), sink.extend, settle=lambda _: before.append(len(sink)))
+    found = validate(Pieces(state(name), 50_000), sink.extend, settle=lambda _: before.append(len(sink)))
     assert sink == state(name)
     assert before[0] <= place(name, Devices, -1)
     assert found.size == len(state(name))
@@ -124,7 +124,7 @@ def test_a_good_one_is_accepted(name: str) -> None:
 def test_a_bad_one_is_refused(name: str) -> None:
     words, hint = refused(name) or ("", "")
     with pytest.raises(Damaged, match=words) as raised:
-        judge(Pieces(state(name)))
+        validate(Pieces(state(name)))
     assert hint in " ".join(raised.value.hints), raised.value.hints
 
 
@@ -139,7 +139,7 @@ def test_cut_at_any_edge(name: str) -> None:
         with pytest.raises(
             Damaged, match=f"at offset {cut}|the input is empty|at offset {cut - 1}: expected"
         ) as raised:
-            judge(Pieces(data[:cut]), sink.extend)
+            validate(Pieces(data[:cut]), sink.extend)
         assert data[: len(sink)] == sink, raised.value
         assert len(sink) <= place(name, Devices, -1), raised.value
 
@@ -150,7 +150,7 @@ def test_anything_behind_the_end(junk: bytes, piece: int) -> None:
     sink, data = bytearray(), state(SMALL)
     text = f"behind the end of the state, at offset {len(data)}: expected the end, found {junk[:1].hex()}"
     with pytest.raises(Damaged, match=text):
-        judge(Pieces(data + junk, piece), sink.extend)
+        validate(Pieces(data + junk, piece), sink.extend)
     assert len(sink) <= place(SMALL, Devices, -1)
 
 
@@ -210,7 +210,7 @@ def test_a_false_end_in_a_device(forged: bytes) -> None:
     """A guest may write what it likes into its devices: the true end is found, and nothing is waited for."""
     data = with_payload(forged)
     assert list(StateReader(Live(data, 5000)))[-1] == Description(records(SMALL)[-1][0].data)
-    assert judge(Pieces(data)).runstate == "paused"
+    assert validate(Pieces(data)).runstate == "paused"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_header_before_the_rounds_of_ram() -> None:
     """virtio-mem has a device section between the START of RAM and its first round."""
     early, last = (record for record, _ in records("virtio-mem-10.0") if isinstance(record, Devices))
     assert (early.early, last.early) == (True, False)
-    found = judge(Pieces(state("virtio-mem-10.0")))
+    found = validate(Pieces(state("virtio-mem-10.0")))
     assert found.parts[0].name.endswith("virtio-mem-device-early")
     at = early.offset + 40
     assert f"no section {found.parts[0].name!r}" in damage(changed(state("virtio-mem-10.0"), at, b"~"))
@@ -310,7 +310,7 @@ def test_a_command_more_is_as_good() -> None:
     at = place("microvm-7.2", Section)
     ping = encode(Command(constants.MIG_CMD_PING, u32(1)))
     data = state("microvm-7.2")
-    assert judge(Pieces(data[:at] + ping + data[at:])).commands == [constants.MIG_CMD_PING]
+    assert validate(Pieces(data[:at] + ping + data[at:])).commands == [constants.MIG_CMD_PING]
 
 
 def test_all_streams_are_named() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vmstate.errors import Damaged
 from vmstate.io.descriptors import HOLD
 from vmstate.io.readers import FdReader, read_up_to
-from vmstate.stream.validate import judge
+from vmstate.stream.validate import validate
 from vmstate.vmz import convert, decompress, file_format, page_index, writer, zstd
 from vmstate.vmz import reader as vmz_reader
 from vmstate.vmz.state_file import state_of
@@ -84,7 +84,7 @@ def refused(data: bytes, words: str = ".") -> None:
     readers: list[Callable[[], object]] = [
         lambda: unpack(data),
         lambda: unpack(data, other=True),
-        lambda: judge(decompress.plain(Pieces(data))),
+        lambda: validate(decompress.plain(Pieces(data))),
         lambda: at_random(data),
     ]
     for reader in readers:
@@ -105,7 +105,7 @@ def test_a_state(name: str) -> None:
     content = state(name)
     data = pack(content)
     assert unpack(data) == in_one_pass(data) == at_random(data) == content
-    assert judge(decompress.plain(Pieces(data))).size == len(content)
+    assert validate(decompress.plain(Pieces(data))).size == len(content)
     assert not file_format.parse_head(data[8:20]).flags
 
 

@@ -87,7 +87,7 @@ def model(sent: list[Sent]) -> dict[int, tuple[int, int]]:
 
 def indexed(sent: list[Sent]) -> page_index.BlockIndex:
     """There and back."""
-    places, page_map = page_index.Places(), PageMap(RAM, PAGE)
+    places, page_map = page_index.PageIndexBuilder(), PageMap(RAM, PAGE)
     places.see(Blocks(RAM.size, (RAM,)))
     for record in records(sent):
         places.see(record)

@@ -342,7 +342,7 @@ def by_ssh(traveller: Traveller, there: Guest, *options: str) -> float:
 def by_link(traveller: Traveller, there: Guest) -> float:
     """Over nc, to a receiver that a server of the other host's starts for each connection."""
     address, pair = ADDRESS[traveller.next], traveller.pair
-    words = [sys.executable, "-c", LISTENER, address, str(PORT), "vm-restore", "--commit", there.qmp]
+    words = [sys.executable, "-c", LISTENER, address, str(PORT), "vm-restore", "--receive", there.qmp]
     with listening(pair.on(traveller.next, *words), "listens"):
         return _ours(traveller, f"link:nc -N {address} {PORT}")
 

@@ -5,12 +5,12 @@
  *     spin -a link.pml && gcc -O2 -DSAFETY -o pan pan.c && ./pan -m10000
  *
  * goes through every order of events: each of the five processes may be killed once at any moment, the link may end at
- * any moment and lose what was under way (never a piece out of the middle), `--settle` runs on both sides, as often as
+ * any moment and lose what was under way (never a piece out of the middle), `--recover` runs on both sides, as often as
  * it likes and itself killed between any two steps, and a time-out, a signal or damage is a command that just gives up.
  *
  * What must hold stands as assertions where it could break:
  *   1  the guest never runs on both QEMUs, nor from a copy older than what it has done since: source_runs, guest_runs
- *   2  from every state in which all has come to rest, `--settle` on one side makes it run on exactly one, and
+ *   2  from every state in which all has come to rest, `--recover` on one side makes it run on exactly one, and
  *      `vm-cont --force` is needed only where a QEMU was killed; no command ends the last whole copy: `rest`, ends_copy
  *   3  before SHUT nothing but the death of its QEMU keeps the guest from running on at the source: `rest`
  *   4  status 0 means it runs over there, status 1 that it runs here, unless that QEMU was killed then: source_ends
@@ -40,7 +40,7 @@ bool busy;                       /* the source talks to the monitor of the sourc
 bool cut;                        /* the link has ended */
 bool kill_source, kill_receiver; /* kill -9 is under way */
 bool source_ended, receiver_ended;
-bool settles_here, settles_there; /* a --settle is under way */
+bool settles_here, settles_there; /* a --recover is under way */
 bool quiet;                      /* no more crashes, and nobody begins to settle */
 
 /* What only the observer knows. */
@@ -402,7 +402,7 @@ ends:
     }
 }
 
-/* vm-migrate --settle on the source's side, with or without a way to the other. */
+/* vm-migrate --recover on the source's side, with or without a way to the other. */
 active proctype settle_source() {
     mtype other = Unasked;
     bool done;
@@ -432,7 +432,7 @@ end:
     od
 }
 
-/* vm-migrate --settle on the destination's side. */
+/* vm-migrate --recover on the destination's side. */
 active proctype settle_destination() {
     mtype other = Unasked;
     bool done;

@@ -30,7 +30,7 @@ from vm import Guest, default_qemu, make_disk, save, saved_guest, start_from  # 
 AS_TYPED = dict(os.environ)
 LIVE_SCRIPT = """#!/bin/sh
 case " $* " in
-*' --stop '* | *' --snapshot'* | *' --disks-commit '* | *' --settle '*) exec {command} "$@" ;;
+*' --stop '* | *' --snapshot'* | *' --disks-commit '* | *' --recover '*) exec {command} "$@" ;;
 esac
 exec {command} --live-anyway "$@"
 """

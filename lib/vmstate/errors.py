@@ -7,7 +7,7 @@
     +-- WrongUsage 2  the command line is wrong
     +-- Damaged    3  the input is truncated, corrupt, forged, or no state at all
     +-- Misfit     4  the state and the guest do not fit
-    +-- Unsettled  5  the outcome is not settled; the message says who stands where
+    +-- InDoubt    5  the outcome is not settled; the message says who stands where
 
 Beside them stands `Stopped`, which is no error: a signal asked the command to put things back and die of it.
 """
@@ -61,7 +61,7 @@ class Misfit(VmstateError):
     status = 4
 
 
-class Unsettled(VmstateError):
+class InDoubt(VmstateError):
     """Status 5."""
 
     status = 5

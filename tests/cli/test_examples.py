@@ -189,7 +189,7 @@ def saved(gnupg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arrives(text: str) -> bool:
     """Whether it brings a guest to b.qmp."""
-    return bool(re.search(r"vm-restore|ssh://", text)) and not re.search(r"--dry-run|--settle", text)
+    return bool(re.search(r"vm-restore|ssh://", text)) and not re.search(r"--dry-run|--recover", text)
 
 
 @pytest.mark.parametrize("blocks", cases())

@@ -1,4 +1,4 @@
-"""Stands in the link between vm-migrate and vm-restore --commit, and at one frame does something to somebody.
+"""Stands in the link between vm-migrate and vm-restore --receive, and at one frame does something to somebody.
 
     link:python link_fault.py ONCE KIND COUNT before|after|later DEED PID -- COMMAND
 

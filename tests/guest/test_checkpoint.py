@@ -295,11 +295,11 @@ def test_a_state_is_restored_once(guests: Guests, work: Path) -> None:
     source.end()
     for name, how in (("b", ""), ("c", "--lazy")):
         guests.waiting(name)
-        done = shell(f"vm-restore --once notes-{name} {how} {name}.qmp < s.vmz", work)
+        done = shell(f"vm-restore --used-states notes-{name} {how} {name}.qmp < s.vmz", work)
         assert done.status == 0, done.err
         second = guests.waiting(f"{name}2")
         for again in ("", "--lazy"):
-            done = shell(f"vm-restore --once notes-{name} {again} {name}2.qmp < s.vmz", work)
+            done = shell(f"vm-restore --used-states notes-{name} {again} {name}2.qmp < s.vmz", work)
             assert done.status == 4
             assert "a guest was made of this state already (20" in done.err
             assert f"take the line out of notes-{name}" in done.err

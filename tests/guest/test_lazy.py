@@ -337,7 +337,7 @@ def test_what_cannot_be_done_meanwhile(guests: Guests, work: Path, saved: Saved,
     for command in (
         "vm-dump b.qmp > t",
         "vm-dump --snapshot b.qmp > t",
-        "vm-migrate b.qmp 'link:vm-restore --commit c.qmp'",
+        "vm-migrate b.qmp 'link:vm-restore --receive c.qmp'",
     ):
         done = shell(command, work)
         assert done.status == 1, (command, done.err)
@@ -568,7 +568,7 @@ def test_the_server_that_qemu_runs_itself_dies(guests: Guests, work: Path, saved
     os.kill(int((work / "pid").read_text()), signal.SIGKILL)
     lost(guest)
     refused(shell("vm-restore --resume b.qmp < s.vmz", work), 1, "not being restored lazily")
-    done = shell("vm-restore --resume --i-am-sure b.qmp < s.vmz", work)
+    done = shell("vm-restore --resume --force-unmarked b.qmp < s.vmz", work)
     assert (done.status, done.err) == (0, "")
     went_on(saved.count, guest)
 

@@ -126,7 +126,7 @@ def cancelled(life: Life) -> Guest:
     life.waiting()
     life.rate_set = True
     life.do("vm-speed a.qmp 10m")
-    move = f"vm-migrate -q {LIVE} a.qmp 'link:vm-restore --commit b.qmp'"
+    move = f"vm-migrate -q {LIVE} a.qmp 'link:vm-restore --receive b.qmp'"
     life.do(f"(sleep 2; vm-cancel a.qmp) & {move}; status=$?; wait; exit $status", 1)
     life.do("vm-speed a.qmp 0")
     return guest
@@ -162,14 +162,14 @@ def on_demand(life: Life) -> Guest:
 def over_link(life: Life) -> Guest:
     life.running()
     guest = life.waiting()
-    life.do("vm-migrate -q a.qmp 'link:vm-restore --commit b.qmp'")
+    life.do("vm-migrate -q a.qmp 'link:vm-restore --receive b.qmp'")
     return guest
 
 
 def postcopy(life: Life) -> Guest:
     life.running()
     guest = life.waiting()
-    life.do(f"vm-migrate -q --postcopy {LIVE} --speed 60m a.qmp 'link:vm-restore --commit b.qmp'")
+    life.do(f"vm-migrate -q --postcopy {LIVE} --speed 60m a.qmp 'link:vm-restore --receive b.qmp'")
     return guest
 
 
@@ -185,7 +185,7 @@ def there_and_back(life: Life) -> Guest:
     over_link(life)
     life.started[0].end()
     guest = life.waiting("a")
-    life.do("vm-migrate -q b.qmp 'link:vm-restore --commit a.qmp'")
+    life.do("vm-migrate -q b.qmp 'link:vm-restore --receive a.qmp'")
     return guest
 
 

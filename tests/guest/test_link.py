@@ -21,7 +21,7 @@ from guest.judge import as_it_was, same_memory, went_on
 from guest.test_migrate import MIB, migrating
 
 LINK_FAULT = Path(__file__).with_name("link_fault.py")
-RECEIVER = "vm-restore --commit b.qmp"
+RECEIVER = "vm-restore --receive b.qmp"
 
 
 def link(command: str = RECEIVER) -> str:
@@ -55,15 +55,15 @@ def test_a_guest_is_moved(guests: Guests, work: Path) -> None:
     # It runs there, so it must not run here.
     text = shell("vm-status a.qmp", work).text
     assert text.startswith("a.qmp: was moved, and has been heard to run there\nnext: vm-cont --force a.qmp")
-    assert "--settle" not in text
+    assert "--recover" not in text
     done = shell("vm-cont a.qmp", work)
     assert done.status == 5
     assert "a.qmp was moved, and is where it was sent to" in done.err
-    done = shell("vm-migrate --settle a.qmp 'link:vm-restore --commit b.qmp'", work)
+    done = shell("vm-migrate --recover a.qmp 'link:vm-restore --receive b.qmp'", work)
     assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n")
     assert (source.status(), there.running()) == ("postmigrate", True)
     there.end()
-    assert shell("vm-migrate --settle a.qmp 'link:vm-restore --commit b.qmp'", work).status == 5
+    assert shell("vm-migrate --recover a.qmp 'link:vm-restore --receive b.qmp'", work).status == 5
     assert shell("vm-cont --force a.qmp", work).status == 0
     assert source.running()
 
@@ -97,7 +97,7 @@ def test_the_receiver_starts_the_qemu(guests: Guests, work: Path) -> None:
     source = guests.running()
     there = Guest(work, "b")
     try:
-        done = move(work, link(f"vm-restore --commit -- {shlex.join(there.args)}"), "--json")
+        done = move(work, link(f"vm-restore --receive -- {shlex.join(there.args)}"), "--json")
         assert done.status == 0, done.err
         values = json.loads(done.out)
         assert (values["there"], values["state"], values["type"]) == ("running", "paused", "result")
@@ -125,11 +125,11 @@ def test_a_filter_that_the_receiver_was_told_to_undo(guests: Guests, work: Path)
     done = move(work, link(), "--through", "rev -0")
     assert done.status == 1
     assert "what undoes the filter 'rev' is not known here" in done.err
-    assert "vm-restore --commit --through 'COMMAND' GUEST" in done.err
+    assert "vm-restore --receive --through 'COMMAND' GUEST" in done.err
     as_it_was(source)
     done = move(
         work,
-        link("vm-restore --commit --through 'tr A-Za-z N-ZA-Mn-za-m' b.qmp"),
+        link("vm-restore --receive --through 'tr A-Za-z N-ZA-Mn-za-m' b.qmp"),
         "--through",
         "tr a-zA-Z n-za-mN-ZA-M",
     )
@@ -140,7 +140,7 @@ def test_a_filter_that_the_receiver_was_told_to_undo(guests: Guests, work: Path)
 def test_a_filter_that_ends_early_is_named(guests: Guests, work: Path) -> None:
     source = guests.running()
     guests.waiting()
-    done = move(work, link("vm-restore --commit --through cat b.qmp"), "--through", "head -c 300000")
+    done = move(work, link("vm-restore --receive --through cat b.qmp"), "--through", "head -c 300000")
     assert done.status == 1
     assert "the filter 'head -c 300000' ended before it had taken everything; the guest runs on" in done.err
     as_it_was(source)
@@ -150,8 +150,8 @@ def test_a_filter_that_ends_early_is_named(guests: Guests, work: Path) -> None:
 def test_a_filter_fails(guests: Guests, work: Path, filters: str) -> None:
     source = guests.running()
     guests.waiting()
-    known = "vm-restore --commit --through cat b.qmp" if "head" in filters.split("|")[0] else RECEIVER
-    known = "vm-restore --commit --through 'gzip -dc' b.qmp" if "|" in filters else known
+    known = "vm-restore --receive --through cat b.qmp" if "head" in filters.split("|")[0] else RECEIVER
+    known = "vm-restore --receive --through 'gzip -dc' b.qmp" if "|" in filters else known
     done = move(work, link(known), "--through", filters)
     assert done.status in (1, 3, 4), done.err
     assert "the guest runs on" in done.err
@@ -161,13 +161,13 @@ def test_a_filter_fails(guests: Guests, work: Path, filters: str) -> None:
 @pytest.mark.parametrize(
     ("command", "status", "said"),
     [
-        ("vm-restore --commit no.qmp", 1, "the other side: no guest at no.qmp"),
-        ("vm-restore --commit a.qmp", 1, "does not wait for a state: it is 'running'"),
+        ("vm-restore --receive no.qmp", 1, "the other side: no guest at no.qmp"),
+        ("vm-restore --receive a.qmp", 1, "does not wait for a state: it is 'running'"),
         ("exit 3", 1, "the link is lost: its command ended with status 3"),
         ("no-such-command", 1, "127 is a shell's: vm-restore is not found there"),
         ("cat", 3, "expected"),
         ("echo hello there, this is a shell", 3, "the other side does not speak as vmstate does"),
-        ("vm-restore --commit c.qmp", 4, "machine"),
+        ("vm-restore --receive c.qmp", 4, "machine"),
     ],
 )
 def test_what_is_refused_before_a_byte_is_sent(
@@ -191,7 +191,7 @@ def test_a_dry_run(guests: Guests, work: Path) -> None:
     as_it_was(source)
     assert there.cmd("query-migrate").get("status", "none") == "none"
     guests.waiting("c", mem=512)
-    done = move(work, link("vm-restore --commit c.qmp"), "--dry-run")
+    done = move(work, link("vm-restore --receive c.qmp"), "--dry-run")
     assert done.status == 4, done.text
     assert "error: RAM block 'pc.ram'" in done.text
     assert move(work, link()).status == 0
@@ -233,13 +233,13 @@ def settled(work: Path, source: Guest, there: Guest) -> list[str]:
             break
         found = shell(f"vm-status {guest.name}.qmp", work).text
         said.append(found)
-        for command in re.findall(r"^next: (vm-(?:migrate --settle|cont).*?)(?:    .*)?$", found, re.M):
+        for command in re.findall(r"^next: (vm-(?:migrate --recover|cont).*?)(?:    .*)?$", found, re.M):
             # What only a person knows: that it is gone there, or here.
             if "--force" in command and there.alive():
                 continue
             if not source.alive():
-                command = command.replace("URI-OF-THE-SOURCE", "--i-am-sure")
-            command = command.replace("URI-OF-THE-SOURCE", shlex.quote(link("vm-restore --commit a.qmp")))
+                command = command.replace("URI-OF-THE-SOURCE", "--force")
+            command = command.replace("URI-OF-THE-SOURCE", shlex.quote(link("vm-restore --receive a.qmp")))
             done = shell(command, work)
             said.append(f"{command}: {done.status} {done.text} {done.err}")
     return said
@@ -250,7 +250,7 @@ def outcome_of(work: Path, uri: str, source: Guest, there: Guest, *options: str)
     words = work / "words"
     both = False
     with words.open("w") as file:
-        command = ["vm-migrate", "--timeout-commit", "3", *FEW_ROUNDS, *options, "a.qmp", uri]
+        command = ["vm-migrate", "--timeout-handover", "3", *FEW_ROUNDS, *options, "a.qmp", uri]
         process = subprocess.Popen(command, cwd=work, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)
         end = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < end:
@@ -372,7 +372,7 @@ def test_a_source_that_speaks_in_riddles(guests: Guests, work: Path, hello: str)
     payload = hello.encode()
     head = protocol.HEAD.pack(protocol.MAGIC, protocol.HELLO, 1, len(payload))
     (work / "hello").write_bytes(head + protocol.SUM.pack(zlib.crc32(payload, zlib.crc32(head))) + payload)
-    done = shell("vm-restore --commit b.qmp < hello > answer", work)
+    done = shell("vm-restore --receive b.qmp < hello > answer", work)
     assert done.status in (1, 3), done.err
     assert "internal error" not in done.err
     assert "Traceback" not in done.err
@@ -464,7 +464,7 @@ def test_interrupted_before_it_has_begun(guests: Guests, work: Path) -> None:
 
 def test_detached_and_refused_at_once(guests: Guests, work: Path) -> None:
     source = guests.running()
-    done = move(work, link("vm-restore --commit no.qmp"), "-d")
+    done = move(work, link("vm-restore --receive no.qmp"), "-d")
     assert done.status == 1
     assert "the other side: no guest at no.qmp" in done.err
     as_it_was(source)
@@ -488,7 +488,7 @@ def test_two_monitors_and_one_decision(guests: Guests, work: Path) -> None:
     assert source.cmd("qom-list", path="/objects/vmstate-decided")
     with pytest.raises(QmpError, match="duplicate"):
         source.cmd("object-add", **{"qom-type": "secret", "id": "vmstate-decided", "data": "x"})
-    done = shell("vm-migrate --settle a.test", work)
+    done = shell("vm-migrate --recover a.test", work)
     assert done.status == 5
     assert (source.status(), there.status()) == ("postmigrate", "paused")
 
@@ -500,11 +500,11 @@ def test_one_that_was_kept_is_not_granted(guests: Guests, work: Path) -> None:
     source.cmd("object-del", id="vmstate-decided")
     words = json.dumps({"move": move, "what": "kept"})
     source.cmd("object-add", **{"qom-type": "secret", "id": "vmstate-decided", "data": words})
-    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work)
     assert done.status == 5, done.err
     assert "this copy is of no use" in done.err
     assert there.status() == "paused"
-    assert shell("vm-migrate --settle a.qmp", work).text == "a.qmp: the guest is here, and 'running'\n"
+    assert shell("vm-migrate --recover a.qmp", work).text == "a.qmp: the guest is here, and 'running'\n"
     assert source.running()
 
 
@@ -522,17 +522,17 @@ def test_what_is_said_of_one_given_away(guests: Guests, work: Path) -> None:
     source, there = given_away(guests, work)
     text = shell("vm-status a.qmp", work).text
     assert "a.qmp: was moved and stands paused here\n" in text
-    assert "next: vm-migrate --settle a.qmp 'link:" in text
-    assert "next: vm-migrate --settle b.qmp URI-OF-THE-SOURCE" in shell("vm-status b.qmp", work).text
+    assert "next: vm-migrate --recover a.qmp 'link:" in text
+    assert "next: vm-migrate --recover b.qmp URI-OF-THE-SOURCE" in shell("vm-status b.qmp", work).text
     for name in ("a", "b"):
         assert shell(f"vm-cont {name}.qmp", work).status == 5
         # Nor can it be saved or moved on, as if it were one like any other.
         assert shell(f"vm-dump {name}.qmp > s", work).status in (1, 5)
     assert (source.status(), there.status()) == ("postmigrate", "paused")
-    done = shell("vm-migrate --settle a.qmp", work)
+    done = shell("vm-migrate --recover a.qmp", work)
     assert done.status == 5
     assert "may run where it was sent to (not asked)" in done.err
-    assert shell(f"vm-migrate --settle a.qmp 'link:{RECEIVER}'", work).status == 0
+    assert shell(f"vm-migrate --recover a.qmp 'link:{RECEIVER}'", work).status == 0
     assert (source.status(), there.running()) == ("postmigrate", True)
     assert "has been heard to run there" in shell("vm-status a.qmp", work).text
     for guest in (source, there):
@@ -542,15 +542,15 @@ def test_what_is_said_of_one_given_away(guests: Guests, work: Path) -> None:
 
 def test_the_destination_asks(guests: Guests, work: Path) -> None:
     source, there = given_away(guests, work)
-    done = shell("vm-migrate --settle b.qmp", work)
+    done = shell("vm-migrate --recover b.qmp", work)
     assert done.status == 5
     assert "whether its source has let it go is not known" in done.err
-    assert "vm-migrate --settle --i-am-sure b.qmp" in done.err
-    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit no.qmp'", work)
+    assert "vm-migrate --recover --force b.qmp" in done.err
+    done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive no.qmp'", work)
     assert done.status == 5, "a wrong path looks like a source that is gone"
     assert "no.qmp on " in done.err
     assert there.status() == "paused"
-    assert shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work).status == 0
+    assert shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work).status == 0
     assert (source.status(), there.running()) == ("postmigrate", True)
 
 
@@ -558,12 +558,12 @@ def test_the_destination_asks_for_one_that_is_gone(guests: Guests, work: Path) -
     """It may have run on there before it ended: a person has to know."""
     source, there = given_away(guests, work)
     source.end()
-    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work)
     assert done.status == 5
     assert "is no QEMU any more" in done.err
     assert there.status() == "paused"
-    assert "only if it has not gone on at its source: vm-migrate --settle --i-am-sure b.qmp" in done.err
-    assert shell("vm-migrate --settle --i-am-sure b.qmp", work).status == 0
+    assert "only if it has not gone on at its source: vm-migrate --recover --force b.qmp" in done.err
+    assert shell("vm-migrate --recover --force b.qmp", work).status == 0
     assert there.running()
 
 
@@ -573,7 +573,7 @@ def test_the_destination_asks_another_guest(guests: Guests, work: Path) -> None:
     source.end()
     guests.running("a2")
     shell("ln -sf a2.qmp a.qmp", work)
-    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work)
     assert done.status == 5
     assert "knows nothing of it" in done.err
     assert there.status() == "paused"
@@ -581,7 +581,7 @@ def test_the_destination_asks_another_guest(guests: Guests, work: Path) -> None:
 
 def test_by_someone_who_is_sure(guests: Guests, work: Path) -> None:
     _source, there = given_away(guests, work)
-    assert shell("vm-migrate --settle --i-am-sure b.qmp", work).status == 0
+    assert shell("vm-migrate --recover --force b.qmp", work).status == 0
     assert there.running()
 
 
@@ -594,7 +594,7 @@ def test_a_copy_of_no_use(guests: Guests, work: Path) -> None:
     assert there.status() == "paused"
     # Later, too, when its own move is long forgotten.
     assert shell("vm-stop a.qmp && vm-cont a.qmp", work).status == 0
-    done = shell("vm-migrate --settle b.qmp 'link:vm-restore --commit a.qmp'", work)
+    done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work)
     assert done.status == 5
     assert "this copy is of no use" in done.err
     assert shell("vm-cont b.qmp", work).status == 5
@@ -603,7 +603,7 @@ def test_a_copy_of_no_use(guests: Guests, work: Path) -> None:
 
 def test_one_that_is_here_is_settled(guests: Guests, work: Path) -> None:
     guests.running()
-    done = shell("vm-migrate --settle a.qmp", work)
+    done = shell("vm-migrate --recover a.qmp", work)
     assert (done.status, done.text) == (0, "a.qmp: the guest is here, and 'running'\n")
 
 
@@ -620,9 +620,9 @@ def test_one_that_is_here_is_settled(guests: Guests, work: Path) -> None:
         ("--through 'gzip; ls' a.qmp link:x", "expected a pipeline of filters"),
         ("--through 'gzip |' a.qmp link:x", "a filter is missing"),
         ("--log x a.qmp link:x", "--log is for -d"),
-        ("--settle --dry-run a.qmp link:x", "--dry-run does not go with --settle"),
-        ("--settle a.qmp unix:b", "leads to no vm-restore --commit"),
-        ("--timeout-commit 0 a.qmp link:x", "--timeout-commit: expected"),
+        ("--recover --dry-run a.qmp link:x", "--dry-run does not go with --recover"),
+        ("--recover a.qmp unix:b", "leads to no vm-restore --receive"),
+        ("--timeout-handover 0 a.qmp link:x", "--timeout-handover: expected"),
     ],
 )
 def test_wrong_usage(work: Path, words: str, said: str) -> None:
@@ -634,8 +634,8 @@ def test_wrong_usage(work: Path, words: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--commit --run b.qmp", "--commit does not go with"),
-        ("--through cat b.qmp", "are for --commit"),
+        ("--receive --run b.qmp", "--receive does not go with"),
+        ("--through cat b.qmp", "are for --receive"),
     ],
 )
 def test_wrong_usage_of_the_receiver(work: Path, words: str, said: str) -> None:
@@ -647,7 +647,7 @@ def test_wrong_usage_of_the_receiver(work: Path, words: str, said: str) -> None:
 def test_bytes_that_are_no_link(guests: Guests, work: Path) -> None:
     there = guests.waiting()
     for text in ("", "hello, this is nothing of the kind", "vml1" * 100, "QEVM"):
-        done = shell(f"printf '{text}' | vm-restore --commit b.qmp | cat > answer", work)
+        done = shell(f"printf '{text}' | vm-restore --receive b.qmp | cat > answer", work)
         assert done.status in (1, 3), (text, done.err)
         assert "Traceback" not in done.err
     assert there.status() == "inmigrate"
@@ -678,7 +678,7 @@ def test_postcopy(guests: Guests, work: Path) -> None:
     assert there.running()
     assert source.status() == "postmigrate"
     assert shell("vm-cont a.qmp", work).status == 5
-    done = shell("vm-migrate --settle a.qmp", work)
+    done = shell("vm-migrate --recover a.qmp", work)
     assert done.status == 5, "nobody may take it back"
     for guest in (source, there):
         assert not [c for c in guest.cmd("query-migrate-capabilities") if c["state"]]
@@ -744,7 +744,7 @@ def test_the_link_is_lost_in_postcopy(guests: Guests, work: Path, deed: str) -> 
     until(lambda: source.cmd("query-migrate")["status"] == "postcopy-paused", 20, "it notices")
     text = shell("vm-status a.qmp", work).text
     assert "the link was lost" in text, text
-    (command,) = re.findall(r"^next: (vm-migrate --settle .*)$", text, re.M)
+    (command,) = re.findall(r"^next: (vm-migrate --recover .*)$", text, re.M)
     done = shell(command, work, timeout=40)
     assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n"), done.err
     assert there.running()

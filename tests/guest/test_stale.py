@@ -82,7 +82,7 @@ def migrated_live(walks: Walks, walk: Path) -> None:
     """One migration over a link at its defaults: the guest runs there as it ran here, paused first or not."""
     source = walks.walking("a", walk)
     waiting = walks.walking("b", walk, "defer")
-    done = typed("vm-migrate a.qmp 'link:vm-restore --commit b.qmp'", walks.folder)
+    done = typed("vm-migrate a.qmp 'link:vm-restore --receive b.qmp'", walks.folder)
     assert (PAUSED in done.err) == bool(LIVE)
     is_sound(waiting)
     for guest in (source, waiting):
@@ -118,10 +118,10 @@ def test_a_dump_that_fails_has_the_guest_run_on(walks: Walks, walk: Path) -> Non
 def test_a_migration_that_fails_has_the_guest_run_on(walks: Walks, walk: Path) -> None:
     guest = walks.walking("a", walk)
     walks.walking("b", walk, "defer")
-    typed("vm-migrate --speed 1m a.qmp 'link:timeout -s KILL 1 vm-restore --commit b.qmp'", walks.folder, 1)
+    typed("vm-migrate --speed 1m a.qmp 'link:timeout -s KILL 1 vm-restore --receive b.qmp'", walks.folder, 1)
     is_sound(guest, 0)
     walks.walking("c", walk, "defer")
-    move = "vm-migrate --speed 1m a.qmp 'link:vm-restore --commit c.qmp'"
+    move = "vm-migrate --speed 1m a.qmp 'link:vm-restore --receive c.qmp'"
     typed(f"{move} & sleep 1; kill -KILL $!; wait $!", walks.folder, 137)
     guest.wait_status("running", timeout=20)
     is_sound(guest, 0)
@@ -138,7 +138,7 @@ def test_where_nobody_can_resume_it_there_it_is_refused(walks: Walks, walk: Path
         if not LIVE:
             guest.cmd("cont")
         is_sound(guest, 0)
-    done = shell("vm-migrate --postcopy a.qmp 'link:vm-restore --commit b.qmp'", walks.folder, env=AS_TYPED)
+    done = shell("vm-migrate --postcopy a.qmp 'link:vm-restore --receive b.qmp'", walks.folder, env=AS_TYPED)
     assert done.status == (2 if LIVE else 1), done.err
 
 

@@ -77,6 +77,6 @@ def test_fifty_times_back_and_forth(guests: Guests, two: Hosts) -> None:
 
 def test_nothing_is_left() -> None:
     done = subprocess.run(
-        ["pgrep", "-f", "vm-migrate|vm-restore --commit|link_fault.py"], capture_output=True, check=False
+        ["pgrep", "-f", "vm-migrate|vm-restore --receive|link_fault.py"], capture_output=True, check=False
     )
     assert not done.stdout

@@ -78,7 +78,7 @@ def test_it_is_announced_as_by_vm_announce(guests: Guests, two: Hosts, sshd: Pat
     capture = two.background("B", "exec tcpdump -U -i eth0 -w announced.pcap arp 2> tcpdump.err")
     words = work / "tcpdump.err"
     until(lambda: words.exists() and "listening" in words.read_text(), 20, "tcpdump listens")
-    command = f"ssh -F {sshd} hostb vm-restore -v --commit {two.folder}/b.qmp"
+    command = f"ssh -F {sshd} hostb vm-restore -v --receive {two.folder}/b.qmp"
     done = two.sh("A", shlex.join(["vm-migrate", *FEW_ROUNDS, "a.qmp", f"link:{command}"]))
     assert done.status == 0, done.err
     went_on(source.count() or 0, there)
@@ -101,7 +101,7 @@ def test_unless_told_not_to(guests: Guests, two: Hosts, sshd: Path) -> None:
 def test_a_host_that_may_only_receive(guests: Guests, two: Hosts, sshd: Path, work: Path) -> None:
     """One key, one socket: whatever the other side asks for."""
     allowed = (work / "allowed").read_text()
-    (work / "allowed").write_text(f'restrict,command="vm-restore --commit {work}/b.qmp" {allowed}')
+    (work / "allowed").write_text(f'restrict,command="vm-restore --receive {work}/b.qmp" {allowed}')
     source, there = source_on_a(guests, two), waiting_on_b(guests, two)
     done = two.sh("A", f"ssh -F {sshd} hostb 'touch {work}/pwned' < /dev/null")
     assert done.status != 0
@@ -109,7 +109,7 @@ def test_a_host_that_may_only_receive(guests: Guests, two: Hosts, sshd: Path, wo
     done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate --downtime 300 a.qmp ssh://hostb/whatever")
     assert (done.status, done.err) == (0, "")
     went_on(source.count() or 0, there)
-    done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate --settle a.qmp ssh://hostb/whatever")
+    done = two.sh("A", f"VM_SSH='ssh -F {sshd}' vm-migrate --recover a.qmp ssh://hostb/whatever")
     assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n")
 
 
@@ -146,11 +146,11 @@ def test_ssh_dies(guests: Guests, two: Hosts, sshd: Path, who: str, kind: str) -
     source, there = source_on_a(guests, two), waiting_on_b(guests, two)
     client = Client(two)
     if who == "ssh":
-        done = move(two, sshd, "--timeout-commit", "5", before=link_fault(kind, "after", "kill", "receiver"))
+        done = move(two, sshd, "--timeout-handover", "5", before=link_fault(kind, "after", "kill", "receiver"))
     else:
         sessions = "pkill -KILL -f 'sshd: root@notty'"
         two.background("B", f"until [ -e {two.folder}/once ]; do sleep 0.02; done; {sessions}")
-        done = move(two, sshd, "--timeout-commit", "5", before=link_fault(kind, "after", "pause", "1"))
+        done = move(two, sshd, "--timeout-handover", "5", before=link_fault(kind, "after", "pause", "1"))
     running = [guest for guest in (source, there) if runs(guest)]
     assert len(running) == 1, (source.status(), there.status(), done.err)
     assert (done.status, running[0]) in ((0, there), (1, source)), done.err
@@ -224,7 +224,7 @@ def test_a_disk_locked_by_another(guests: Guests, two: Hosts, sshd: Path, disk: 
     there = guests.waiting("b", qemu=two.qemu("B"), disk=disk)
     before, uri = link_fault("G", "before", "pause", "6"), f"ssh://hostb{two.folder}/b.qmp"
     ssh = f"VM_SSH={shlex.quote(f'{before}ssh -F {sshd}')}"
-    moving = two.background("A", f"{ssh} vm-migrate --downtime 300 --timeout-commit 1 a.qmp {uri} 2> words")
+    moving = two.background("A", f"{ssh} vm-migrate --downtime 300 --timeout-handover 1 a.qmp {uri} 2> words")
     until(lambda: source.status() == "postmigrate", 30, "given away")
     third = guests.start(
         "c", kind="metal", mem=64, extra=["-drive", f"if=none,id=d,file={disk}", "-device", "virtio-blk-pci,drive=d"]
@@ -237,7 +237,7 @@ def test_a_disk_locked_by_another(guests: Guests, two: Hosts, sshd: Path, disk: 
     assert (source.status(), there.status()) == ("postmigrate", "paused")
     third.end()
     assert there.alive()
-    done = two.sh("A", f"{ssh} vm-migrate --settle a.qmp {uri}")
+    done = two.sh("A", f"{ssh} vm-migrate --recover a.qmp {uri}")
     assert (done.status, done.text) == (0, "a.qmp: the guest is on the other side, and 'running'\n"), done.err
     there.wait_advance()
     assert there.errors() == 0
@@ -292,7 +292,7 @@ def back_and_forth(guests: Guests, two: Hosts, times: int) -> None:
             f"g{number}", qemu=two.qemu("B" if name == "A" else "A"), net=two.tap(), append="ip=192.0.2.5/24"
         )
         receiver = shlex.join(
-            ["ip", "netns", "exec", two.name("B" if name == "A" else "A"), "vm-restore", "--commit", there.qmp]
+            ["ip", "netns", "exec", two.name("B" if name == "A" else "A"), "vm-restore", "--receive", there.qmp]
         )
         done = two.sh(
             name, f"vm-migrate --downtime 300 --after quit {guest.name}.qmp {shlex.quote(f'link:{receiver}')}"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from vmstate.errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError, WrongUsage
+from vmstate.errors import CannotDo, Damaged, InDoubt, Misfit, VmstateError, WrongUsage
 from vmstate.qemu.incoming import refusal
 from vmstate.qemu.launch import check_arguments, monitor_path
 from vmstate.report import Report, rate_value, size_words, time_words
@@ -29,7 +29,7 @@ def test_sizes_and_times() -> None:
 
 
 def test_each_error_knows_its_status() -> None:
-    known = {CannotDo: 1, WrongUsage: 2, Damaged: 3, Misfit: 4, Unsettled: 5}
+    known = {CannotDo: 1, WrongUsage: 2, Damaged: 3, Misfit: 4, InDoubt: 5}
     assert {kind: kind("x").status for kind in known} == known
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError
+from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError
 from ..io.descriptors import channel, file_of
 from ..io.output import Output
 from ..io.pipeline import ShellPipeline
@@ -93,7 +93,7 @@ class Dump:
             info = self._migration.completed().info
         except VmstateError as error:
             self._guard.leave()
-            raise Unsettled(
+            raise InDoubt(
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
         self._guard.done()
@@ -172,7 +172,7 @@ class Dump:
             error.hints = (*error.hints, *written)
         if trouble and not isinstance(trouble, GuestGone):
             words = f"{error}; and the guest could not be put back: {trouble}"
-            return Unsettled(words, f"vm-status {self._plan.path}")
+            return InDoubt(words, f"vm-status {self._plan.path}")
         if isinstance(error, Stopped) or not isinstance(error, Exception):
             return error
         return self._explain(error, guest_state)

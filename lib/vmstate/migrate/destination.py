@@ -9,7 +9,7 @@ import select
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CannotDo, Damaged, GuestGone, Unsettled, VmstateError
+from ..errors import CannotDo, Damaged, GuestGone, InDoubt, VmstateError
 from ..io.descriptors import channel, write_all
 from ..io.pipeline import ShellPipeline
 from ..qemu import control, markers
@@ -292,9 +292,9 @@ class IncomingMigration:
         self._theirs.close()
         if self._crossed or (self._switched and self._in_postcopy()):
             text = f"the guest at {self._path} runs here, and lacks pages that are at its source: {error}"
-            return Unsettled(text, "at its source: vm-status tells how to go on")
+            return InDoubt(text, "at its source: vm-status tells how to go on")
         if self._waiting.begun and not self._cancelled and (self._loaded or not self._waiting.abort_load()):
-            return self._unsettled(error)
+            return self._in_doubt(error)
         if self._process:
             self._process.end()
             return error
@@ -310,18 +310,18 @@ class IncomingMigration:
         except VmstateError:
             return False
 
-    def _unsettled(self, error: BaseException) -> BaseException:
+    def _in_doubt(self, error: BaseException) -> BaseException:
         """It is loaded, and its source has been told so."""
         path = self._path
         if isinstance(error, GuestGone):
             return GuestGone(f"{error}, when it had been loaded")
         why = str(error) if isinstance(error, VmstateError) else "a signal came"
-        settle = f"vm-migrate --settle {path} {markers.URI}"
+        settle = f"vm-migrate --recover {path} {markers.URI}"
         if self._granted:
             text = f"the guest at {path} was let go by its source, but does not run: {why}"
-            return Unsettled(text, f"a disk image can be locked by the source: once that has ended, {settle}")
+            return InDoubt(text, f"a disk image can be locked by the source: once that has ended, {settle}")
         text = f"the guest at {path} is loaded and held, and it is not known whether its source has let it go: {why}"
-        return Unsettled(text, settle)
+        return InDoubt(text, settle)
 
     def _refusal(self, error: Exception) -> VmstateError:
         return refusal_of(self._waiting, self._process, error, self._whole)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..dump.live import Dump, DumpPlan
 from ..dump.watchdog import Guard
-from ..errors import CannotDo, GuestGone, Stopped, Unsettled, VmstateError, WrongUsage
+from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError, WrongUsage
 from ..io.descriptors import kind
 from ..progress import Progress, Sample
 from ..qemu import control, outgoing, state
@@ -66,7 +66,7 @@ class MigratePlan:
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `after` 'paused' or 'quit'.
 
     on: further capabilities of QEMU.  timeout: in seconds, rounds: how often RAM is gone through; then it is cancelled.
-    Over a link: `commit` seconds for the other side's word, a pipeline `through` which the data go, whether the other
+    Over a link: `handover` seconds for the other side's word, a pipeline `through` which the data go, whether the other
     side is to `announce` the guest and set its `clock`; `log` is where the words of a detached move go.
     postcopy: when the limits are passed, let it cross over and fetch the rest of its pages then.
     live_anyway: do not pause the guest first where a live migration may lose pages.
@@ -80,7 +80,7 @@ class MigratePlan:
     on: tuple[str, ...] = field(default=())
     timeout: float | None = None
     rounds: int | None = None
-    commit: float = 30.0
+    handover: float = 30.0
     through: str | None = None
     announce: bool = True
     log: str | None = None
@@ -130,7 +130,7 @@ class Move:
         try:
             info = self._migration.completed().info
         except VmstateError as error:
-            raise Unsettled(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
+            raise InDoubt(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
         assert self._guard
         self._guard.done()
         return self._outcome(info, control.finish(path, self._plan.after))
@@ -177,12 +177,12 @@ class Move:
             guest_state = self._migration.take_back()
             self._guard.done()
         except GuestGone as gone:
-            return Unsettled(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
+            return InDoubt(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
         except VmstateError as trouble:
             why = "a signal came" if isinstance(error, Stopped) else str(error)
             if _is_moved(path):
-                return Unsettled(f"{why}; but the guest had arrived before", f"vm-status {path}")
-            return Unsettled(f"{why}; and the guest could not be put back: {trouble}", f"vm-status {path}")
+                return InDoubt(f"{why}; but the guest had arrived before", f"vm-status {path}")
+            return InDoubt(f"{why}; and the guest could not be put back: {trouble}", f"vm-status {path}")
         if isinstance(error, Stopped) or not isinstance(error, VmstateError):
             return error
         return CannotDo(f"{error}; the guest {words_of(guest_state.run)}", *error.hints)

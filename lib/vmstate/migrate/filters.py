@@ -59,7 +59,7 @@ def inverse(filters: Any, given: str | None) -> str | None:
         raise CannotDo(f"the source names no filters that make sense: expected at most {MOST} names")
     unknown = [name for name in filters if name not in INVERSES]
     if unknown:
-        hint = "tell the receiver: vm-restore --commit --through 'COMMAND' GUEST"
+        hint = "tell the receiver: vm-restore --receive --through 'COMMAND' GUEST"
         raise CannotDo(f"what undoes the filter '{unknown[0]}' is not known here", hint)
     return " | ".join(INVERSES[name] for name in reversed(filters)) or None
 

@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CannotDo, Damaged, Misfit, Unsettled, VmstateError
+from ..errors import CannotDo, Damaged, InDoubt, Misfit, VmstateError
 from ..io.descriptors import BLOCK, enlarge, memory, write_all
 from ..io.readers import FdReader
 
@@ -27,7 +27,7 @@ ROOM = 256 << 10
 HELLO, ACCEPT, REFUSE, DATA, BACK, SWITCH, END, LOADED, GO, RUNNING, CANCEL = b"HARDBSELGNC"
 RAW = (DATA, BACK)
 # Of a receiver's words, the error that they are on our side.
-FAMILY = {1: CannotDo, 2: CannotDo, 3: Damaged, 4: Misfit, 5: Unsettled}
+FAMILY = {1: CannotDo, 2: CannotDo, 3: Damaged, 4: Misfit, 5: InDoubt}
 # The other side may have to start a QEMU, or somebody to type a password.
 ANSWERS = 60.0
 ENDS = 10.0
@@ -133,7 +133,7 @@ def _values(payload: memoryview) -> dict[str, Any]:
 
 def _what_it_said(begin: bytes) -> str:
     text = begin.decode("ascii", "backslashreplace")
-    return f"expected a 'vm-restore --commit' there, silent but for its frames; found {text!r}"
+    return f"expected a 'vm-restore --receive' there, silent but for its frames; found {text!r}"
 
 
 def words_of_error(error: VmstateError) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Watch:
             now = time.monotonic()
             if self._outgoing.sent != sent:
                 sent, since = self._outgoing.sent, now
-            stalled = now - since > self._plan.commit
+            stalled = now - since > self._plan.handover
             try:
                 with Monitor(self._plan.path, 0.5) as monitor:
                     guest_state = state.query(monitor)
@@ -92,5 +92,5 @@ class Watch:
         elif reason:
             self._interrupt(CannotDo(reason, "a higher --downtime, --auto-converge, --postcopy or vm-speed may help"))
         if stalled and guest_state.run == "finish-migrate":
-            text = f"nothing has passed over the link for {self._plan.commit:.0f} s, with the guest standing still"
+            text = f"nothing has passed over the link for {self._plan.handover:.0f} s, with the guest standing still"
             self._interrupt(CannotDo(text))

@@ -10,7 +10,7 @@ import select
 import socket
 
 from ..dump import relay
-from ..errors import CannotDo, Unsettled, VmstateError
+from ..errors import CannotDo, InDoubt, VmstateError
 from ..io.descriptors import BLOCK, channel, memory
 from ..qemu import control, markers, outgoing, state
 from ..qemu.monitor import Monitor
@@ -93,9 +93,9 @@ def finish_postcopy(path: str, peer: Peer) -> str:
 def resume(path: str, transport: Transport, move: str) -> str:
     """Take up a move whose link was lost when the guest had crossed over; its run state there.
 
-    Unsettled where the link is lost again, or the other side has no such guest.
+    InDoubt where the link is lost again, or the other side has no such guest.
     """
-    hint = f"once the way is there again: vm-migrate --settle {path} {transport.uri}"
+    hint = f"once the way is there again: vm-migrate --recover {path} {transport.uri}"
     state.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
     peer = Peer(transport)
     ours, theirs = channel()
@@ -109,7 +109,7 @@ def resume(path: str, transport: Transport, move: str) -> str:
         bridge.run()
         return finish_postcopy(path, peer)
     except VmstateError as error:
-        raise Unsettled(f"the guest of {path} runs on the other side, and lacks pages: {error}", hint) from error
+        raise InDoubt(f"the guest of {path} runs on the other side, and lacks pages: {error}", hint) from error
     finally:
         ours.close()
         theirs.close()

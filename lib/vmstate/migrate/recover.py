@@ -3,7 +3,7 @@
 import contextlib
 from typing import Any
 
-from ..errors import CannotDo, Unsettled, VmstateError
+from ..errors import CannotDo, InDoubt, VmstateError
 from ..qemu import control, markers, settings, state
 from ..qemu.monitor import Monitor
 from ..signals import no_more_signals
@@ -17,7 +17,7 @@ from .uri import Transport
 def go(transport: Transport, move: str) -> str:
     """Ask the other side for the guest of this move and, where it waits for it, say go; its run state there.
 
-    Unsettled where it is not there any more, CannotDo where the other side is not reached.
+    InDoubt where it is not there any more, CannotDo where the other side is not reached.
     """
     peer = Peer(transport)
     try:
@@ -25,17 +25,17 @@ def go(transport: Transport, move: str) -> str:
         if there.get("move") == move and there.get("state") == "running":
             return str(there.get("run"))
         if there.get("move") != move or there.get("state") != "loaded":
-            raise Unsettled(f"the guest of this move is not there: the one there is '{there.get('state')}'")
+            raise InDoubt(f"the guest of this move is not there: the one there is '{there.get('state')}'")
         peer.tell(link.GO, move=move)
         return str(peer.expect(link.RUNNING, link.ANSWERS).values.get("state"))
     finally:
         peer.leave()
 
 
-def settle(path: str, transport: Transport | None, *, sure: bool = False) -> dict[str, Any]:
+def recover(path: str, transport: Transport | None, *, sure: bool = False) -> dict[str, Any]:
     """Take the way out for the guest at `path`; where it runs then: `where` 'here' or 'there'.
 
-    Unsettled where it cannot be told, with what a person must know before.
+    InDoubt where it cannot be told, with what a person must know before.
     """
     here = migration_state(path)
     move = str(here.get("move"))
@@ -45,7 +45,7 @@ def settle(path: str, transport: Transport | None, *, sure: bool = False) -> dic
         raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
     if here["state"] != "postcopy":
         no_more_signals()
-    outcome = _settle(path, transport, here, sure)
+    outcome = _recover(path, transport, here, sure)
 
     def clear(monitor: Monitor) -> None:
         if outcome["where"] == "there":
@@ -57,12 +57,12 @@ def settle(path: str, transport: Transport | None, *, sure: bool = False) -> dic
     return outcome
 
 
-def _settle(path: str, transport: Transport | None, here: dict[str, Any], sure: bool) -> dict[str, Any]:
+def _recover(path: str, transport: Transport | None, here: dict[str, Any], sure: bool) -> dict[str, Any]:
     move = str(here.get("move"))
     if here["state"] == "postcopy":
         if transport is None or "ran" not in here["facts"]:
             text = f"the guest at {path} has crossed over, and one side has pages that the other lacks"
-            raise Unsettled(text, "on its source: vm-migrate --settle GUEST URI takes the move up again")
+            raise InDoubt(text, "on its source: vm-migrate --recover GUEST URI takes the move up again")
         return {"guest": path, "where": "there", "state": resume(path, transport, move)}
     if here["state"] == "loaded":
         return _destination(path, transport, move, here["facts"], sure)
@@ -95,11 +95,11 @@ def _source(path: str, transport: Transport | None, move: str) -> dict[str, Any]
         try:
             return {"guest": path, "where": "there", "state": go(transport, move)}
         except VmstateError as error:
-            raise Unsettled(f"the guest at {path} was given away, and does not run there: {error}", force) from error
+            raise InDoubt(f"the guest at {path} was given away, and does not run there: {error}", force) from error
     if state.with_retry(path, decision.take_back_given):
         return {"guest": path, "where": "here", "state": state.query_once(path).run}
     text = f"the guest at {path} was given away, and may run where it was sent to ({there})"
-    raise Unsettled(text, *([] if transport else [f"to ask there: vm-migrate --settle {path} URI"]), force)
+    raise InDoubt(text, *([] if transport else [f"to ask there: vm-migrate --recover {path} URI"]), force)
 
 
 def _ask(transport: Transport, move: str) -> str:
@@ -128,21 +128,19 @@ def _destination(
     try:
         return {"guest": path, "where": "here", "state": state.with_retry(path, arrive)}
     except VmstateError as error:
-        raise Unsettled(f"the guest at {path} has been let go by its source, but does not run: {error}") from error
+        raise InDoubt(f"the guest at {path} has been let go by its source, but does not run: {error}") from error
 
 
 def _require_grant(path: str, transport: Transport | None, move: str, facts: dict[str, Any], source: str) -> None:
-    sure = f"only if it has not gone on at its source: vm-migrate --settle --i-am-sure {path}"
+    sure = f"only if it has not gone on at its source: vm-migrate --recover --force {path}"
     if transport is None:
-        hint = f"vm-migrate --settle {path} URI, with URI the way to {source}"
-        raise Unsettled(
-            f"the guest at {path} was loaded, and whether its source has let it go is not known", hint, sure
-        )
+        hint = f"vm-migrate --recover {path} URI, with URI the way to {source}"
+        raise InDoubt(f"the guest at {path} was loaded, and whether its source has let it go is not known", hint, sure)
     peer = Peer(transport)
     try:
         there = peer.ask("grant", move=move)
     except VmstateError as error:
-        raise Unsettled(f"the source of the guest at {path}, {source}, was not reached: {error}", sure) from error
+        raise InDoubt(f"the source of the guest at {path}, {source}, was not reached: {error}", sure) from error
     finally:
         peer.leave()
     state = there.get("state")
@@ -150,11 +148,11 @@ def _require_grant(path: str, transport: Transport | None, move: str, facts: dic
         return
     if state == "here":
         text = f"the guest at {path} runs at its source, {source}: this copy is of no use"
-        raise Unsettled(text, "end this QEMU, and start it again with -incoming defer")
+        raise InDoubt(text, "end this QEMU, and start it again with -incoming defer")
     if state == "undecided":
         text = f"the source of the guest at {path}, {source}, has not decided yet"
-        raise Unsettled(text, "ask again in a moment")
+        raise InDoubt(text, "ask again in a moment")
     # It may have run on there, and have been ended: then this copy is an old one.
     asked = f"{there.get('guest')} on {there.get('host')}"
     what = "is no QEMU any more" if state == "gone" else "knows nothing of it"
-    raise Unsettled(f"the source of the guest at {path} was {source}; now {asked} {what}", sure)
+    raise InDoubt(f"the source of the guest at {path} was {source}; now {asked} {what}", sure)

@@ -68,7 +68,7 @@ class Peer:
         assert isinstance(said, LinkFrame)
         if said.kind != kind:
             text = f"the other side said '{chr(said.kind)}' where '{chr(kind)}' was expected"
-            raise Damaged(text, "is it a vm-restore --commit of the same version?")
+            raise Damaged(text, "is it a vm-restore --receive of the same version?")
         return said
 
     def gone(self) -> VmstateError:

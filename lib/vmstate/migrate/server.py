@@ -1,4 +1,4 @@
-"""The receiving side of a link (`vm-restore --commit`): one conversation, for whatever the other side has come.
+"""The receiving side of a link (`vm-restore --receive`): one conversation, for whatever the other side has come.
 
 Source: docs/link.md.
 """

@@ -13,7 +13,7 @@ from typing import Any
 from ..dump.live import paused_first_words
 from ..dump.relay import Outgoing
 from ..dump.watchdog import Guard
-from ..errors import CannotDo, Damaged, GuestGone, Misfit, Stopped, Unsettled, VmstateError
+from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Stopped, VmstateError
 from ..io.descriptors import channel
 from ..progress import Progress
 from ..qemu import control, markers, outgoing
@@ -225,10 +225,10 @@ class OutgoingHandover:
         with contextlib.suppress(VmstateError), signals_wait():
             self._near = Monitor(self._plan.path).__enter__()
         try:
-            self._peer.expect(link.LOADED, min(SOON, self._plan.commit))
+            self._peer.expect(link.LOADED, min(SOON, self._plan.handover))
         except remote.Silent:
             self._leave_monitor()
-            self._peer.expect(link.LOADED, self._plan.commit)
+            self._peer.expect(link.LOADED, self._plan.handover)
 
     def _leave_monitor(self) -> None:
         if self._near:
@@ -245,7 +245,7 @@ class OutgoingHandover:
             self._leave_monitor()
             if not (isinstance(error, GuestGone) and self._given):
                 text = f"the guest is loaded there, and has not been let go here: {error}"
-                raise Unsettled(text, self._settle_words(), self._there_words()) from error
+                raise InDoubt(text, self._recover_words(), self._there_words()) from error
             # Its QEMU died when it had been seen to have given it away: the other one is the only one.
             self._report.warning(f"the QEMU of {path} has ended; its guest goes on there")
             granted = True
@@ -287,21 +287,21 @@ class OutgoingHandover:
         """The link was lost behind the grant: ask anew."""
         assert self._peer
         self._peer.cut()
-        give_up = time.monotonic() + self._plan.commit
+        give_up = time.monotonic() + self._plan.handover
         while True:
             try:
                 return recover.go(self._transport, self._move)
             except VmstateError as trouble:
-                if time.monotonic() > give_up or isinstance(trouble, Unsettled):
+                if time.monotonic() > give_up or isinstance(trouble, InDoubt):
                     text = f"the guest was given away, and whether it runs there is not known: {error}; {trouble}"
-                    raise Unsettled(text, self._settle_words()) from trouble
+                    raise InDoubt(text, self._recover_words()) from trouble
             time.sleep(0.5)
 
     def _there_words(self) -> str:
         return "where this QEMU is gone, on the other side: vm-status there tells how to let the guest go on"
 
-    def _settle_words(self) -> str:
-        return markers.settle_command(self._plan.path, {markers.MOVED: {"uri": self._plan.target.uri}})
+    def _recover_words(self) -> str:
+        return markers.recover_command(self._plan.path, {markers.MOVED: {"uri": self._plan.target.uri}})
 
     # after
 
@@ -326,7 +326,7 @@ class OutgoingHandover:
         if trouble:
             gone = isinstance(trouble, GuestGone)
             words = str(trouble) if gone else f"the guest could not be put back: {trouble}"
-            return Unsettled(f"{error}; and {words}", self._there_words() if gone else f"vm-status {self._plan.path}")
+            return InDoubt(f"{error}; and {words}", self._there_words() if gone else f"vm-status {self._plan.path}")
         if isinstance(error, Stopped) or not isinstance(error, Exception):
             return error
         if not isinstance(error, VmstateError):
@@ -355,9 +355,7 @@ class OutgoingHandover:
         try:
             guest_state = query_once(path)
         except GuestGone as gone:
-            return Unsettled(
-                f"{gone}, when its guest may have crossed over", "without it the guest is lost: restore it"
-            )
+            return InDoubt(f"{gone}, when its guest may have crossed over", "without it the guest is lost: restore it")
         except VmstateError:
             return None
         if not guest_state.migration.startswith("postcopy"):
@@ -367,7 +365,7 @@ class OutgoingHandover:
         self._peer.cut()
         why = self._reason_for(error) if isinstance(error, VmstateError) else "a signal came"
         text = f"the guest runs on the other side, and the link to its pages is lost: {why}"
-        return Unsettled(text, self._settle_words())
+        return InDoubt(text, self._recover_words())
 
     def _reason_for(self, error: BaseException) -> BaseException:
         """What came first: a limit of ours, the other side's refusal, the end of the link."""

@@ -66,7 +66,7 @@ def _over_ssh(uri: str) -> Transport:
     user = parts.netloc.rpartition("@")[0]
     ssh = (*shlex.split(os.environ.get("VM_SSH") or "ssh"), "-T", *ALIVE)
     ssh += (*(("-p", str(port)) if port else ()), *(("-l", user) if user else ()))
-    return Transport(uri, words=ssh, host=host, remote=f"vm-restore --commit {shlex.quote(path)}", sums=False)
+    return Transport(uri, words=ssh, host=host, remote=f"vm-restore --receive {shlex.quote(path)}", sums=False)
 
 
 def has_aes() -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from ..errors import CannotDo, GuestGone, Refused, Unsettled, VmstateError
+from ..errors import CannotDo, GuestGone, InDoubt, Refused, VmstateError
 from . import markers, userfault
 from .monitor import Monitor, StandsStill
 from .settings import ANNOUNCE, SNAPSHOT, clear_leftovers, left_behind
@@ -50,7 +50,7 @@ def limit(path: str, rate: int) -> GuestState:
 def cont(path: str, force: bool = False) -> GuestState:
     """Let a guest run; CannotDo where it waits for a state, or QEMU refuses (a disk image locked by another).
 
-    Unsettled where it was moved to another QEMU, unless `force`.  One whose snapshot has lost all who had to do with it
+    InDoubt where it was moved to another QEMU, unless `force`.  One whose snapshot has lost all who had to do with it
     (QEMU 7.2 leaves its pages protected) goes on; with `force` also where QEMU itself has come to wait for it.
     """
     try:
@@ -133,13 +133,13 @@ def finish(path: str, after: str) -> str:
             return cont(path).run
         except VmstateError as error:
             text = f"the state is whole, but the guest at {path} does not run on: {error}"
-            raise Unsettled(text, f"vm-cont {path}") from error
+            raise InDoubt(text, f"vm-cont {path}") from error
     if after == "quit":
         try:
             with contextlib.suppress(GuestGone):
                 with_retry(path, lambda monitor: monitor.ask("quit"))
         except VmstateError as error:
             text = f"the state is whole, but the guest at {path} was not ended: {error}"
-            raise Unsettled(text, f"vm-status {path}") from error
+            raise InDoubt(text, f"vm-status {path}") from error
         return "gone"
     return "paused"

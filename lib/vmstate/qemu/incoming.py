@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
+from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Refused, VmstateError
 from . import markers
 from .control import announce, run_on
 from .monitor import Monitor
@@ -151,15 +151,15 @@ class Waiting:
     def settle(self, run: bool) -> str:
         """Put back what was found and, with `run`, let the guest run; its run state.
 
-        Unsettled where it stands loaded, but does not run.  Once it runs nothing says otherwise any more.
+        InDoubt where it stands loaded, but does not run.  Once it runs nothing says otherwise any more.
         """
         try:
             return with_retry(self.path, lambda monitor: self._settle(monitor, run))
-        except Unsettled:
+        except InDoubt:
             raise
         except VmstateError as error:
             text = f"the state is loaded, but the guest at {self.path} could not be let run: {error}"
-            raise Unsettled(text, f"vm-status {self.path}") from error
+            raise InDoubt(text, f"vm-status {self.path}") from error
 
     def _settle(self, monitor: Monitor, run: bool) -> str:
         with contextlib.suppress(Refused):
@@ -176,7 +176,7 @@ class Waiting:
         try:
             run_on(monitor)
         except Refused as error:
-            raise Unsettled(
+            raise InDoubt(
                 f"the state is loaded, but the guest at {self.path} stands paused: {error.text}",
                 "a disk image can be locked by the source: once that has ended, " + f"vm-cont {self.path}",
             ) from error

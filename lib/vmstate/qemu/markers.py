@@ -8,7 +8,7 @@ import json
 import shlex
 from typing import Any
 
-from ..errors import Refused, Unsettled
+from ..errors import InDoubt, Refused
 from .monitor import Monitor
 
 # The guest was sent to another QEMU; once it is 'postmigrate' and 'completed', it is there.
@@ -111,15 +111,15 @@ def decision(found: Marks) -> str:
 
 
 def refuse(found: Marks, run: str, given_away: bool, path: str) -> None:
-    """Unsettled where a guest is at both ends of a move; who lets it run here must know that it does not there."""
-    settle = f"to see to that: {settle_command(path, found)}"
+    """InDoubt where a guest is at both ends of a move; who lets it run here must know that it does not there."""
+    settle = f"to see to that: {recover_command(path, found)}"
     if given_away and MOVED in found:
         if "move" in found[MOVED] and decision(found) != GRANTED:
-            raise Unsettled(f"the guest at {path} is being moved, and has not arrived", settle)
+            raise InDoubt(f"the guest at {path} is being moved, and has not arrived", settle)
         hint = f"only once it is gone there: vm-cont --force {path}"
-        raise Unsettled(f"the guest at {path} was moved, and is where it was sent to", hint)
+        raise InDoubt(f"the guest at {path} was moved, and is where it was sent to", hint)
     if run == "paused" and TAKEN in found:
-        raise Unsettled(f"the guest at {path} came by a move, and its source has not let it go", settle)
+        raise InDoubt(f"the guest at {path} came by a move, and its source has not let it go", settle)
 
 
 def resume_command(path: str, found: Marks) -> str:
@@ -128,7 +128,7 @@ def resume_command(path: str, found: Marks) -> str:
     return f"{shlex.join(['vm-restore', '--resume', *options, path])} < STATE.vmz"
 
 
-def settle_command(path: str, found: Marks) -> str:
+def recover_command(path: str, found: Marks) -> str:
     """What brings a move to its end whose commands have died."""
     uri = URI if TAKEN in found else found.get(MOVED, {}).get("uri")
-    return shlex.join(["vm-migrate", "--settle", path, *([uri] if uri else [])])
+    return shlex.join(["vm-migrate", "--recover", path, *([uri] if uri else [])])

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import CannotDo, Refused, Unsettled, WrongUsage
+from ..errors import CannotDo, InDoubt, Refused, WrongUsage
 from . import markers, userfault
 from .control import run_on
 from .monitor import Monitor
@@ -227,7 +227,7 @@ class OutgoingMigration:
         guest_state = query(monitor)
         if guest_state.moving or guest_state.given_away:
             words = f"another migration of the guest at {self.path} has begun meanwhile ({guest_state.migration})"
-            raise Unsettled(words, f"vm-status {self.path}")
+            raise InDoubt(words, f"vm-status {self.path}")
         markers.keep(monitor, (self._mark or {}).get("move") if doubt else None)
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..errors import CannotDo, GuestGone, Refused, Unsettled
+from ..errors import CannotDo, GuestGone, InDoubt, Refused
 from . import userfault
 from .monitor import PATIENCE, Monitor
 
@@ -90,7 +90,7 @@ def with_retry(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
         try:
             with Monitor(path) as monitor:
                 return do(monitor)
-        except (GuestGone, Refused, Unsettled):
+        except (GuestGone, Refused, InDoubt):
             raise
         except CannotDo:
             if time.monotonic() > give_up:

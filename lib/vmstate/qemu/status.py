@@ -86,7 +86,7 @@ def of(path: str) -> Status:
 def _of_move(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[str, tuple[str, ...]] | None:
     """Words and commands for a guest that a move has left at both ends; None for any other."""
     force = f"vm-cont --force {shlex.quote(path)}    (only if it is gone where it was sent to)"
-    settle = markers.settle_command(path, found)
+    settle = markers.recover_command(path, found)
     if markers.LAZY in found and guest_state.migration.startswith("postcopy"):
         return _of_lazy(path, guest_state, found)
     log = _last_words(found.get(markers.MOVED, {}).get("log"))

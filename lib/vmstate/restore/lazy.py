@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import xxhash
 
 from ..checkpoint.revert import Revert
-from ..errors import CannotDo, Damaged, GuestGone, Misfit, Refused, Unsettled, VmstateError
+from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Refused, VmstateError
 from ..io.descriptors import channel
 from ..qemu import markers
 from ..qemu.control import run_on
@@ -111,7 +111,7 @@ class Lazy:
         self._ours: socket.socket | None = None
         self._serving: Serving | None = None
         self._halted = self._was_halted = False
-        self._unsettled: Unsettled | None = None
+        self._in_doubt: InDoubt | None = None
         self.path = plan.path or ""
         self.seconds = 0.0
 
@@ -149,7 +149,7 @@ class Lazy:
     def wait(self) -> None:
         """Until QEMU has everything, or the guest is gone that was to be served as long as it lives.
 
-        A signal has all that is left be sent first.  Damaged where the file is, Unsettled where the guest runs on and
+        A signal has all that is left be sent first.  Damaged where the file is, InDoubt where the guest runs on and
         lacks pages.
         """
         assert self._serving
@@ -163,8 +163,8 @@ class Lazy:
             return
         wait_for(self.path, lambda guest_state: not guest_state.moving, 60, "to complete")
         with_retry(self.path, self._afterwards)
-        if self._unsettled:
-            raise self._unsettled
+        if self._in_doubt:
+            raise self._in_doubt
 
     # the beginning
 
@@ -236,7 +236,7 @@ class Lazy:
         if run and guest_state.run == "paused":
             # It is served nevertheless, and said when that is done.
             words = f"the guest at {self.path} is loaded, but stands paused: QEMU could not take its disks"
-            self._unsettled = Unsettled(words, f"once their other user is gone: vm-cont {self.path}")
+            self._in_doubt = InDoubt(words, f"once their other user is gone: vm-cont {self.path}")
         return guest_state.run
 
     def _refusal(self, error: VmstateError) -> VmstateError:
@@ -349,7 +349,7 @@ class Lazy:
                 return
             raise GuestGone(f"the guest at {self.path} ended while its memory was being read") from gone
         words = f"the guest at {self.path} runs ({guest_state.migration}), and lacks pages: {error}"
-        raise Unsettled(words, self._resume()) from error
+        raise InDoubt(words, self._resume()) from error
 
     def _resume(self) -> str:
         return markers.resume_command(self.path, {markers.LAZY: {"on_demand": self._plan.on_demand}})
@@ -369,7 +369,7 @@ class Lazy:
             self._ours.close()
         if self._process:
             self._process.end()
-        elif isinstance(error, VmstateError) and not isinstance(error, Unsettled) and not self._plan.resume:
+        elif isinstance(error, VmstateError) and not isinstance(error, InDoubt) and not self._plan.resume:
             error.hints = (*error.hints, Waiting(self.path).outcome_text())
         if self._plan.disks:
             self._plan.disks.undo()

@@ -1,6 +1,6 @@
 """A server of pages on standard input and output, for a QEMU that was started by hand."""
 
-from ..errors import CannotDo, Damaged, Unsettled
+from ..errors import CannotDo, Damaged, InDoubt
 from ..vmz.state_file import state_of
 from .lazy import open_state
 from .page_server import Lost, PageServer, Place, ServedPages
@@ -21,7 +21,7 @@ def stdio(fd: int, on_demand: bool, first: list[Place]) -> ServedPages:
         if not server.tally.asked:
             hint = "start QEMU with: -global migration.x-postcopy-ram=on"
             raise CannotDo(f"QEMU does not take the state: {error}; its own words say why", hint) from error
-        raise Unsettled(f"the guest runs, and lacks pages: {error}", STDIO_RESUME) from error
+        raise InDoubt(f"the guest runs, and lacks pages: {error}", STDIO_RESUME) from error
     if isinstance(error, Damaged):
         raise Damaged(f"{error}; the guest stands still as soon as it needs it", STDIO_RESUME) from error
     if error is not None:
@@ -29,4 +29,4 @@ def stdio(fd: int, on_demand: bool, first: list[Place]) -> ServedPages:
     return server.tally
 
 
-STDIO_RESUME = "with a good copy of the state: vm-restore --resume --i-am-sure GUEST < STATE.vmz"
+STDIO_RESUME = "with a good copy of the state: vm-restore --resume --force-unmarked GUEST < STATE.vmz"

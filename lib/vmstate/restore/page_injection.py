@@ -23,7 +23,7 @@ def fill(pid: int, file: StateFile, opening: Opening, identity: str | None) -> N
     with contextlib.closing(Userfault(pid)) as faults:
         if identity is not None and not faults.holds(identity.encode()):
             text = f"this is not the state that QEMU (process {pid}) runs on, or its mark cannot be found"
-            raise Misfit(text, "its pages would be wrong; if it is the one after all: --i-am-sure")
+            raise Misfit(text, "its pages would be wrong; if it is the one after all: --force-unmarked")
         places = faults.places(opening.blocks)
         if not places:
             raise CannotDo(f"the RAM of QEMU (process {pid}) cannot be found in its memory")

@@ -31,7 +31,7 @@ def test_the_quick_ones_come_first_where_nobody_has_chosen(argv, tmp_path):
     found = argv(f"ssh -F {tmp_path}/config")
     assert ciphers(found)[:2] == ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com"]
     assert "chacha20-poly1305@openssh.com" in ciphers(found)
-    assert found[-3:] == ("--", "hostb", "vm-restore --commit /run/b.qmp")
+    assert found[-3:] == ("--", "hostb", "vm-restore --receive /run/b.qmp")
 
 
 @pytest.mark.parametrize("where", ["file", "option", "-c"])

@@ -1,4 +1,4 @@
-"""The disks of a dump: a point in time that belongs to the RAM, and the manifest of both (`vm-dump --disks`)."""
+"""Create a checkpoint (`vm-dump --disks`): disks of the instant of the RAM, and the manifest of both."""
 
 import os
 from collections.abc import Callable

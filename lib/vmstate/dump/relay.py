@@ -1,9 +1,7 @@
-"""Bytes of a state between QEMU's socket and everything else, judged on their way.
+"""The bytes of a state from QEMU's socket to the sink, validated on their way.
 
-From QEMU (`Outgoing`): the commands that ask for a return path are taken out, so that what leaves is the plain stream;
+The commands that ask for a return path are taken out, so that what leaves is the plain stream;
 QEMU does not close its end when it has sent all, so the validator says where the state ends.
-To QEMU (`Incoming`): the device sections and all behind them are not let go before the input has proven its end; QEMU
-cannot run a guest without them.
 """
 
 import socket

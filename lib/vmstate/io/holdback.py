@@ -1,4 +1,4 @@
-"""Bytes whose newest ones wait before they go on, between two descriptors.
+"""Hold back the newest bytes between two descriptors, until it is known that those before them are good.
 
 `take(fd)` takes some of what has come, `drain(fd, keep)` lets all go but the newest `keep` bytes; `left` counts those
 that went.  In pipes they wait without being copied; where no pipes are to be had, in memory.

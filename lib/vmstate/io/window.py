@@ -1,4 +1,4 @@
-"""An input seen through one buffer."""
+"""A buffer over an input, in which a reader finds its records."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Where a guest stands in a move over a link, and the one decision there is: to grant it, or to take it back.
+"""The one decision of a migration over a link: grant the guest to its destination, or take it back.
 
 Source: docs/link.md, "Who stands where".
 """

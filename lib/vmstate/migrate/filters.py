@@ -1,4 +1,4 @@
-"""Filters on the way of a move (`--through`), and what undoes them on the other side.
+"""Filters that the stream of a migration passes (`--through`), and what undoes them at the destination.
 
 The source names the filters; the receiver runs none but those of its own table, or what its own command line says.
 """

@@ -1,4 +1,4 @@
-"""The link between the two sides of a move: frames over two descriptors, and the process that carries them.
+"""The wire protocol of a migration over a link: frames over two descriptors, and their meaning.
 
 Source: docs/link.md, which says what each frame means and who sends it when.
 """

@@ -1,4 +1,4 @@
-"""The receiving side of a link (`vm-restore --receive`): one conversation, for whatever the other side has come.
+"""The receiver of a migration over a link (`vm-restore --receive`): one conversation, whatever it is for.
 
 Source: docs/link.md.
 """

@@ -1,4 +1,4 @@
-"""One thing of rtnetlink(7): where a bridge believes a card to be.
+"""The forwarding entry of a card in a Linux bridge, moved by rtnetlink(7) (`bridge fdb replace`).
 
 In place of `bridge fdb replace`, whose start takes as long as everything else here before the first frame.
 """

@@ -1,4 +1,4 @@
-"""What there is to know of a guest, running or waiting, before one becomes the other (see `preflight`).
+"""The facts about a guest that `migrate.preflight` compares: machine, CPU, memory, devices, disks, networks.
 
 The files and bridges behind a guest are looked up by this process, which is on the guest's host.
 """

@@ -1,4 +1,4 @@
-"""What a move leaves in a QEMU for whoever comes later: objects with a few facts, which live as long as the process.
+"""Markers in a QEMU: objects with facts about a migration, for whoever comes later; they live as long as it.
 
 Source: docs/link.md, "Who stands where".
 """

@@ -1,4 +1,4 @@
-"""A guest's state on its way out of its QEMU, and the way back."""
+"""A migration out of a QEMU: begin to send a guest's state, complete it, or have the guest run on."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""QEMU's migration capabilities and parameters: set for a migration, and reverted after it.
+"""Migration capabilities and parameters: which are set for a dump, restore or migration, and how they are restored.
 
 What is found is not trusted: before a migration every capability that QEMU knows is set, on or off, with the parameters
 relied on, and `SavedSettings.put_back` gives the guest what it had.

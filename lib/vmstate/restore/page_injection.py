@@ -1,7 +1,7 @@
-"""A guest that has lost its server of pages while QEMU itself waits for one.
+"""Pages put into a QEMU's memory from outside (UFFDIO_COPY), where it waits for one and answers nothing.
 
-Its monitor is silent, so it cannot be told to take up another channel: what it lacks is put into its memory from
-outside.
+A QEMU that has lost its server of pages, and whose own thread waits for one, has a silent monitor: it cannot be told to
+take up another channel.
 """
 
 import contextlib

@@ -1,4 +1,8 @@
-"""A state from an input to the socket of a QEMU that loads it, validated on its way."""
+"""The bytes of a state from the input to the socket of a QEMU that loads it, validated on their way.
+
+The device sections, and all after them, are not let go before the input has proven its end: QEMU cannot run a guest
+without them.
+"""
 
 import contextlib
 import socket

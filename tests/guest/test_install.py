@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Done, Guests, run
+from conftest import LIVE, ROOT, Done, Guests, run
 
 from guest.judge import went_on
 
@@ -74,7 +74,7 @@ def test_the_whole_job_as_an_unprivileged_user(
     source = guests.booted("a", **for_user)
     source.wait_count(3)
     assert "a.qmp: runs" in user.sh("vm-status a.qmp").text
-    done = user.sh(f"vm-dump -q a.qmp | vm-compress | vm-encrypt -r {KEY} > s.vmz.gpg")
+    done = user.sh(f"vm-dump {LIVE} -q a.qmp | vm-compress | vm-encrypt -r {KEY} > s.vmz.gpg")
     assert (done.status, done.err) == (0, "")
     stood = source.count() or 0
     source.end()
@@ -83,7 +83,7 @@ def test_the_whole_job_as_an_unprivileged_user(
     assert (done.status, done.err) == (0, "")
     went_on(stood, guest)
     assert Path(f"/proc/{guest.pid}").stat().st_uid == NOBODY
-    done = user.sh("vm-dump b.qmp | true; vm-status b.qmp")
+    done = user.sh(f"vm-dump {LIVE} b.qmp | true; vm-status b.qmp")
     assert "b.qmp: runs" in done.text
 
 
@@ -105,7 +105,9 @@ def test_nothing_in_the_systems_own_packages(prefix: Path) -> None:
     """What Debian lacks lies beside the library; the system's Python still does not know it."""
     found = subprocess.run(["/usr/bin/python3", "-I", "-c", "import vmstate"], capture_output=True, cwd="/")
     assert found.returncode != 0
-    assert (prefix / "lib/vmstate/qemu/qmp").is_dir()
+    for package in ("docopt", "zstandard", "gnupg", "tqdm", "numpy", "xxhash"):
+        lacks = subprocess.run(["/usr/bin/python3", "-I", "-c", f"import {package}"], capture_output=True, cwd="/")
+        assert bool(list((prefix / "lib/vmstate").glob(f"{package}*"))) == (lacks.returncode != 0), package
 
 
 def test_destdir_and_uninstall(work: Path) -> None:

@@ -77,7 +77,7 @@ def _forget(path: str, transport: Transport, move: str) -> None:
     """Where the other side does not hold the guest of a move that was taken back, nobody will ask for it any more."""
     with contextlib.suppress(VmstateError):
         if _ask(transport, move) not in ("loaded", "loading"):
-            state.with_retry(path, markers.clear)
+            state.with_retry(path, lambda monitor: markers.forget(monitor, move))
 
 
 def _source(path: str, transport: Transport | None, move: str) -> dict[str, Any]:

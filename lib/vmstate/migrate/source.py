@@ -21,7 +21,7 @@ from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Monitor
 from ..qemu.state import query, query_once, with_retry
 from ..report import Report
-from ..signals import hold_signals, no_more_signals, release_signals, signals_wait, step_back
+from ..signals import hold_signals, no_more_signals, release_signals, step_back
 from . import decision, filters, link, preflight, recover, remote
 from .direct import MigratePlan
 from .filters import Filter
@@ -106,7 +106,7 @@ class OutgoingHandover:
     # before
 
     def _facts(self) -> dict[str, Any]:
-        with signals_wait(), Monitor(self._plan.path) as monitor:
+        with Monitor(self._plan.path) as monitor:
             guest_state = outgoing.require_sendable(monitor, self._plan.path)
             return {**preflight.facts(monitor), "run": guest_state.run in ("running", "suspended")}
 
@@ -222,7 +222,7 @@ class OutgoingHandover:
     def _await_loaded(self) -> None:
         """The guest stands still: the monitor is kept for what comes behind it, if not for long."""
         assert self._peer
-        with contextlib.suppress(VmstateError), signals_wait():
+        with contextlib.suppress(VmstateError):
             self._near = Monitor(self._plan.path).__enter__()
         try:
             self._peer.expect(link.LOADED, min(SOON, self._plan.handover))
@@ -310,14 +310,13 @@ class OutgoingHandover:
         no_more_signals()
         if self._plan.postcopy and (crossed := self._crossed(error)):
             return crossed
-        doubt = self._migration.begun and self._may_be_loaded()
         for end in (self._ours, self._theirs):
             end.close()
         if self._filter:
             self._filter.end()
         guest_state, trouble = None, None
         try:
-            guest_state = self._migration.take_back(doubt=doubt) if self._migration.begun else None
+            guest_state = self._migration.take_back() if self._migration.begun else None
         except VmstateError as found:
             trouble = found
         self._end_guard(trouble)
@@ -334,15 +333,6 @@ class OutgoingHandover:
         if guest_state:
             error.args = (f"{error}; the guest {words_of(guest_state.run)}",)
         return error
-
-    def _may_be_loaded(self) -> bool:
-        """Whether the other side may have all of the guest by now, and ask for it later."""
-        if self._sent:
-            return True
-        try:
-            return query_once(self._plan.path).run in ("finish-migrate", "postmigrate")
-        except VmstateError:
-            return True
 
     def _end_guard(self, trouble: VmstateError | None = None) -> None:
         if self._guard:
@@ -381,14 +371,20 @@ class OutgoingHandover:
     def _leave(self, *, back: bool) -> None:
         """Say cancel, but only where the guest is known to be back: the other side may have the only whole one."""
         if not self._peer:
-            return
-        if back and (self._sent or not self._migration.begun):
+            return None
+        if not back:
+            return self._peer.cut()
+        if self._sent or not self._migration.begun:
             with contextlib.suppress(VmstateError):
                 self._peer.tell(link.CANCEL)
-            self._peer.leave()
-        else:
-            # In the midst of a frame there is nothing to say.
-            self._peer.cut()
+        # In the midst of a frame there is nothing to say; the end of the link says the same.
+        self._peer.leave()
+        said = self._peer.refusal()
+        if self._migration.begun and said and not isinstance(said, InDoubt):
+            # It holds no guest, so nobody will ask whether it may run.
+            with contextlib.suppress(VmstateError):
+                with_retry(self._plan.path, lambda monitor: markers.forget(monitor, self._move))
+        return None
 
     def _outcome(self, state: str) -> dict[str, Any]:
         path, info, here = self._plan.path, {}, "gone"

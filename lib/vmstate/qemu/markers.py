@@ -93,6 +93,12 @@ def keep(monitor: Monitor, move: str | None) -> None:
         decide(monitor, KEPT, move)
 
 
+def forget(monitor: Monitor, move: str) -> None:
+    """Nobody will ask for the guest of this move, which has stayed here."""
+    if read(monitor).get(DECIDED) == {"move": move, "what": KEPT}:
+        remove(monitor, DECIDED)
+
+
 def decide(monitor: Monitor, what: str, move: str) -> str:
     """Decide the move, once and for all; what was decided, by this or by another command.
 

@@ -214,21 +214,18 @@ class OutgoingMigration:
             with_retry(self.path, self.saved.put_back)
         return guest_state
 
-    def take_back(self, *, doubt: bool = True) -> GuestState:
-        """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again.
-
-        doubt: another QEMU may hold the guest, and ask for it later.
-        """
+    def take_back(self) -> GuestState:
+        """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
         wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
-        return with_retry(self.path, lambda monitor: self.taken_back(monitor, doubt=doubt))
+        return with_retry(self.path, self.taken_back)
 
-    def taken_back(self, monitor: Monitor, *, doubt: bool = True) -> GuestState:
+    def taken_back(self, monitor: Monitor) -> GuestState:
         """The same within a conversation, once QEMU has noticed."""
         guest_state = query(monitor)
         if guest_state.moving or guest_state.given_away:
             words = f"another migration of the guest at {self.path} has begun meanwhile ({guest_state.migration})"
             raise InDoubt(words, f"vm-status {self.path}")
-        markers.keep(monitor, (self._mark or {}).get("move") if doubt else None)
+        markers.keep(monitor, (self._mark or {}).get("move"))
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)

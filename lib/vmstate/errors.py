@@ -67,11 +67,8 @@ class InDoubt(VmstateError):
     status = 5
 
 
-class Stopped(KeyboardInterrupt):
-    """Signal `number` arrived: put the guest back, then die of it.
-
-    A KeyboardInterrupt, since asyncio swallows every other thing that is raised while it runs a callback.
-    """
+class Stopped(BaseException):
+    """Signal `number` arrived: put the guest back, then die of it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

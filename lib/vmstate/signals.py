@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
 
 from .errors import Stopped
 
@@ -27,16 +26,6 @@ def release_signals() -> None:
     _Held.held = False
     if _Held.waiting is not None:
         stop_on_signal(_Held.waiting, None)
-
-
-@contextlib.contextmanager
-def signals_wait() -> Iterator[None]:
-    """Around a talk with QEMU: what a signal raises in the midst of it can get lost in it."""
-    hold_signals()
-    try:
-        yield
-    finally:
-        release_signals()
 
 
 def stop_on_signal(number: int, _frame: object) -> None:

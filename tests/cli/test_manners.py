@@ -32,7 +32,7 @@ READERS = [("vm-verify",), ("vm-inspect",)]
 HEAD = b"QEVM\0\0\0\3\7\0\0\0\7nothing\1\0\0\0\2\3ram\0\0\0\0\0\0\0\4\0\0\0\0\0\0\0\4"
 
 LINE = re.compile(r"vm-[a-z]+: (error|warning|hint|note): (?![A-Z][a-z]).*[^.\n]")
-HEAVY = {"asyncio", "gnupg", "numpy", "qemu", "tqdm", "xxhash", "zstandard"}
+HEAVY = {"asyncio", "gnupg", "numpy", "tqdm", "xxhash", "zstandard"}
 
 
 def well_said(done: Done, command: str) -> Done:

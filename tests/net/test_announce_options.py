@@ -387,7 +387,7 @@ def test_nothing_slow_comes_before_the_first_frame(place):
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert done.returncode == 0
     assert "docopt" in imported
-    heavy = {"asyncio", "ctypes", "dataclasses", "inspect", "qemu", "shutil", "subprocess", "tempfile", "threading"}
+    heavy = {"asyncio", "ctypes", "dataclasses", "inspect", "shutil", "subprocess", "tempfile", "threading"}
     assert not imported & heavy
 
 

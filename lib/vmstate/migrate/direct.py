@@ -18,7 +18,7 @@ from ..qemu import control, outgoing, state
 from ..qemu.migration_progress import sample_of, words_of
 from ..qemu.state import GuestState
 from ..report import Report
-from ..signals import hold_signals, no_more_signals, release_signals, signals_wait
+from ..signals import hold_signals, no_more_signals, release_signals
 from .uri import Transport, transport_of
 
 LOOK = 0.05
@@ -139,8 +139,7 @@ class Move:
         """Look until it is over; CannotDo once it has taken too long."""
         while True:
             try:
-                with signals_wait():
-                    guest_state = self._guest_state = state.query_once(self._plan.path)
+                guest_state = self._guest_state = state.query_once(self._plan.path)
             except GuestGone:
                 raise
             except VmstateError:

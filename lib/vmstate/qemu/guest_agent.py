@@ -4,7 +4,7 @@ The agent greets nobody, talks to one client at a time, and may not run at all: 
 stays silent.  So all has a deadline, and no command leaves before the agent has answered `guest-sync-delimited`: none
 is left in the port to be carried out at another time.  What it answers is the guest's word, not QEMU's.
 
-`qemu.qmp` is of no use here: the 0xFF before an answer ends its talk, and so does an error that a client has left.
+`monitor` is of no use here: an agent sends 0xFF before an answer, and errors that another client has left.
 """
 
 import contextlib

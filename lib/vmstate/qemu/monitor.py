@@ -1,33 +1,33 @@
-"""A short conversation with a guest's QMP socket: connect, ask, read every answer, leave.  The one home of `qemu.qmp`.
+"""A short conversation with a guest's QMP socket: connect, ask, read every answer, leave.
 
 The monitor talks to one client at a time, so nobody may keep it: a conversation waits up to `PATIENCE` seconds for its
 turn and holds the monitor only as long as its `with` block.
+
+Source: QEMU's docs/interop/qmp-spec.rst: JSON objects, a greeting, then answers, each with the id of its command, and
+events between them.
 """
 
-import asyncio
-import contextlib
-import logging
+import codecs
+import json
+import select
 import socket
 import struct
 import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
-
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
-from qemu.qmp.qmp_client import NegotiationError
+from collections import deque
+from typing import Any
 
 from ..errors import CannotDo, GuestGone, Refused
 from . import userfault
 
-T = TypeVar("T")
 # So that with the start of Python the answer of a command comes within 5 s.
 PATIENCE = 4.75
 # An answer comes at once, or QEMU stands still (a page fault, a dead disk).
 ANSWER = 60.0
-
-for _name in ("qemu.qmp", "asyncio"):
-    logging.getLogger(_name).addHandler(logging.NullHandler())
-    logging.getLogger(_name).propagate = False
+CHUNK = 64 << 10
+# The longest answers, those of hundreds of devices, have some hundred kB.
+LONGEST = 4 << 20
+# Events that nobody has asked for yet; of more, the oldest are forgotten.
+EVENTS = 1000
 
 
 class StandsStill(CannotDo):
@@ -46,6 +46,45 @@ class StandsStill(CannotDo):
         super().__init__(text, hint)
 
 
+class Malformed(ValueError):
+    """What came is no QMP."""
+
+
+class Decoder:
+    """JSON objects out of bytes that come in pieces, whatever blanks and newlines are in them (`pretty=on`)."""
+
+    def __init__(self) -> None:
+        self._json = json.JSONDecoder()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+        # Not to be tried again before there is so much of it, or it ends as an object does.
+        self._enough = 0
+
+    def feed(self, data: bytes) -> None:
+        self._text += self._utf8.decode(data)
+        if len(self._text) > LONGEST:
+            raise Malformed(f"a message of more than {LONGEST} bytes")
+
+    def take(self) -> dict[str, Any] | None:
+        """The next object; None where it has not come as a whole.  Malformed where it is none."""
+        text = self._text = self._text.lstrip()
+        if not text or (len(text) < self._enough and not text.rstrip().endswith("}")):
+            return None
+        if not text.startswith("{"):
+            raise Malformed(f"expected an object, found {text[:20]!r}")
+        try:
+            value, end = self._json.raw_decode(text)
+        except RecursionError:
+            raise Malformed("a message that is nested too deeply") from None
+        except ValueError:
+            # It may go on; if it does not, the limit or the deadline ends it.
+            self._enough = len(text) + len(text) // 2
+            return None
+        self._text, self._enough = text[end:], 0
+        assert isinstance(value, dict)
+        return value
+
+
 class Monitor:
     """One conversation, as a context manager.
 
@@ -56,52 +95,50 @@ class Monitor:
     def __init__(self, path: str, patience: float = PATIENCE) -> None:
         self._path = path
         self._patience = patience
-        self._loop = asyncio.new_event_loop()
-        self._client = QMPClient("vmstate")
-        self._socket = _new_socket()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._decoder = Decoder()
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self._last = 0
+        self._oob = False
 
     def __enter__(self) -> "Monitor":
         try:
             self._connect()
         except BaseException:
-            self._leave()
+            self.leave()
             raise
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._leave()
+        self.leave()
 
     def leave(self) -> None:
         """As the end of the `with` block; of one that has been left already nothing happens."""
-        if not self._loop.is_closed():
-            self._leave()
+        self._socket.close()
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """The answer to a command; arguments with '_' for '-'."""
-        named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        try:
-            return self._wait(self._client.execute(command, named or None), ANSWER)
-        except ExecuteError as error:
-            raise Refused(command, str(error)) from error
-        except TimeoutError as error:
-            raise CannotDo(f"no answer to '{command}' from {self._path} in {ANSWER:.0f} s") from error
-        except (QMPError, OSError, EOFError) as error:
-            raise GuestGone(f"the guest at {self._path} went away during '{command}'") from error
+        return self._ask("execute", command, arguments)
 
     def ask_oob(self, command: str, **arguments: Any) -> Any:
         """As `ask`, past a QEMU that stands still, where this one can do that (out of band)."""
-        named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        try:
-            return self._wait(self._client.execute(command, named or None, oob=True), ANSWER)
-        except (ExecuteError, QMPError, TimeoutError, OSError, EOFError):
-            return self.ask(command, **arguments)
+        if self._oob:
+            try:
+                return self._ask("exec-oob", command, arguments)
+            except Refused:
+                # Not every command can be given so.
+                pass
+        return self.ask(command, **arguments)
 
     def event(self, patience: float) -> dict[str, Any] | None:
         """The next thing that QEMU has told in this conversation without being asked; None where nothing comes."""
+        give_up = time.monotonic() + patience
         try:
-            return dict(self._wait(self._client.events.get(), patience))
+            while not self._events:
+                self._sort(self._message(give_up))
         except TimeoutError:
             return None
+        return self._events.popleft()
 
     def human(self, line: str) -> str:
         """The answer of the human monitor to a line."""
@@ -110,7 +147,11 @@ class Monitor:
     def send_fd(self, name: str, fd: int) -> None:
         """Hand a descriptor to QEMU, which keeps it as `name` until it is used."""
         try:
-            self._client.send_fd_scm(fd)
+            self._wait(select.POLLOUT, time.monotonic() + ANSWER)
+            # It comes with the byte before the command that names it.
+            socket.send_fds(self._socket, [b" "], [fd])
+        except TimeoutError:
+            raise CannotDo(f"{self._path} takes nothing more") from None
         except OSError as error:
             raise GuestGone(f"the guest at {self._path} went away") from error
         self.ask("getfd", fdname=name)
@@ -120,52 +161,89 @@ class Monitor:
         answer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         return int(struct.unpack("3i", answer)[0])
 
+    # the talk
+
     def _connect(self) -> None:
         give_up = time.monotonic() + self._patience
-        while not self._try_to_connect(give_up):
-            self._client = QMPClient("vmstate")
-            self._socket.close()
-            self._socket = _new_socket()
-
-    def _try_to_connect(self, give_up: float) -> bool:
-        """True once connected; False where it is worth another try."""
         _reach(self._socket, self._path, give_up)
-        # A try that is given up closes it.
         pid = self.pid()
         try:
-            self._wait(self._client.connect(self._socket), max(0.01, give_up - time.monotonic()))
-        except TimeoutError as error:
-            raise (StandsStill(self._path, pid) if userfault.waits(pid) else _busy(self._path)) from error
-        except (QMPError, OSError, EOFError) as error:
-            if _an_event_came_first(error) and time.monotonic() < give_up:
-                return False
-            raise GuestGone(f"the guest at {self._path} went away") from error
-        return True
+            greeting = self._message(max(give_up, time.monotonic() + 0.01))
+        except TimeoutError:
+            raise (StandsStill(self._path, pid) if userfault.waits(pid) else _busy(self._path)) from None
+        offered = greeting.get("QMP")
+        if not isinstance(offered, dict):
+            raise self._no_qmp(f"found {str(greeting)[:60]}")
+        capabilities = offered.get("capabilities")
+        self._oob = isinstance(capabilities, list) and "oob" in capabilities
+        self.ask("qmp_capabilities", enable=["oob"] if self._oob else [])
 
-    def _wait(self, what: Coroutine[Any, Any, T], patience: float) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(what, patience))
-
-    def _leave(self) -> None:
-        # Whatever was to be learnt has been answered; an end that goes wrong changes nothing.
+    def _ask(self, how: str, command: str, arguments: dict[str, Any]) -> Any:
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._last += 1
+        give_up = time.monotonic() + ANSWER
         try:
-            with contextlib.suppress(Exception):
-                self._wait(self._client.disconnect(), 2)
-        finally:
-            self._socket.close()
-            self._loop.close()
+            self._send(json.dumps({how: command, "arguments": named, "id": self._last}).encode(), give_up)
+            while (answer := self._sort(self._message(give_up))) is None:
+                pass
+        except TimeoutError:
+            raise CannotDo(f"no answer to '{command}' from {self._path} in {ANSWER:.0f} s") from None
+        except GuestGone as error:
+            raise GuestGone(f"the guest at {self._path} went away during '{command}'") from error
+        if "return" in answer:
+            return answer["return"]
+        raise Refused(command, _words_of_error(answer))
+
+    def _sort(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """The message, where it is the answer to the last command."""
+        if "event" in message:
+            self._events.append(message)
+        elif ("return" in message or "error" in message) and message.get("id", self._last) == self._last:
+            return message
+        return None
+
+    def _send(self, data: bytes, give_up: float) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                self._wait(select.POLLOUT, give_up)
+                view = view[self._socket.send(view) :]
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise GuestGone(f"the guest at {self._path} went away") from error
+
+    def _message(self, give_up: float) -> dict[str, Any]:
+        """The next one; TimeoutError where none has come by then."""
+        try:
+            while (message := self._decoder.take()) is None:
+                self._wait(select.POLLIN, give_up)
+                data = self._socket.recv(CHUNK)
+                if not data:
+                    raise GuestGone(f"the guest at {self._path} went away")
+                self._decoder.feed(data)
+        except Malformed as error:
+            raise self._no_qmp(str(error)) from error
+        except ConnectionError as error:
+            raise GuestGone(f"the guest at {self._path} went away") from error
+        return message
+
+    def _wait(self, what: int, give_up: float) -> None:
+        if self._socket.fileno() < 0:
+            raise ConnectionError("the conversation was left")
+        poll = select.poll()
+        poll.register(self._socket, what)
+        if not poll.poll(max(0.0, give_up - time.monotonic()) * 1000):
+            raise TimeoutError
+
+    def _no_qmp(self, why: str) -> CannotDo:
+        hint = "GUEST is the path of a QMP socket: -qmp unix:PATH,server,nowait"
+        return CannotDo(f"{self._path} does not speak QMP: {why}", hint)
 
 
-def _new_socket() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-
-
-def _an_event_came_first(error: BaseException) -> bool:
-    # QEMU may send an event between its greeting and its answer to qmp_capabilities; qemu.qmp takes it for the answer.
-    return (
-        isinstance(error, ConnectError)
-        and isinstance(error.exc, NegotiationError)
-        and isinstance(error.exc.exc, AssertionError)
-    )
+def _words_of_error(answer: dict[str, Any]) -> str:
+    error = answer.get("error")
+    return str(error.get("desc", error)) if isinstance(error, dict) else str(error)
 
 
 def _reach(end: socket.socket, path: str, give_up: float) -> None:

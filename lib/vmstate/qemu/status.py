@@ -8,7 +8,6 @@ from typing import Any
 
 from ..progress import Sample
 from ..report import printable, time_words
-from ..signals import signals_wait
 from . import markers
 from .migration_progress import sample_of
 from .monitor import Monitor
@@ -132,8 +131,7 @@ def wait_until_it_stands(path: str) -> None:
     """Return once no migration of the guest runs; GuestGone where its QEMU ends."""
     moving = True
     while moving:
-        with signals_wait():
-            moving = query_once(path).moving
+        moving = query_once(path).moving
         time.sleep(0.2 if moving else 0)
 
 

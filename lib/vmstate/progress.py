@@ -5,9 +5,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .report import Report, size_words, time_words
 
@@ -16,13 +16,12 @@ LASTS = 1.0
 PERIOD = 0.5
 
 
-@dataclass
-class Sample:
+class Sample(NamedTuple):
     """Where the work stands: bytes done, bytes in all (None: not known), and further facts by name."""
 
     done: int
     total: int | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = MappingProxyType({})
     words: str = ""
 
 

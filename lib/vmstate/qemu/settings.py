@@ -6,7 +6,6 @@ relied on, and `SavedSettings.put_back` gives the guest what it had.
 
 import os
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from . import markers, userfault
@@ -21,7 +20,6 @@ LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram", "background-s
 DEFAULT_BANDWIDTH = 128 << 20
 
 
-@dataclass
 class SavedSettings:
     """What a command found and is to put back: capabilities, parameters, and whether the guest ran.
 
@@ -29,11 +27,12 @@ class SavedSettings:
     of another.  The values are kept in QEMU too, until they are put back, for whoever comes after a command that died.
     """
 
-    capabilities: list[dict[str, Any]] = field(default_factory=list)
-    parameters: dict[str, Any] = field(default_factory=dict)
-    rate: int | None = None
-    ran: bool = False
-    owner: str = field(default_factory=lambda: os.urandom(8).hex())
+    def __init__(self, owner: str | None = None) -> None:
+        self.owner = owner or os.urandom(8).hex()
+        self.capabilities: list[dict[str, Any]] = []
+        self.parameters: dict[str, Any] = {}
+        self.rate: int | None = None
+        self.ran = False
 
     def keep(self, monitor: Monitor) -> None:
         """Leave the values in QEMU, in place of those that another command has left there."""
@@ -63,8 +62,10 @@ def left_behind(monitor: Monitor) -> SavedSettings | None:
     if markers.SETTINGS not in markers.names(monitor, (markers.SETTINGS,)):
         return None
     facts = markers.facts(monitor, markers.SETTINGS)
-    rate, owner = facts.get("rate"), str(facts.get("owner"))
-    return SavedSettings(facts.get("capabilities", []), facts.get("parameters", {}), rate, owner=owner)
+    left = SavedSettings(str(facts.get("owner")))
+    left.capabilities, left.parameters = facts.get("capabilities", []), facts.get("parameters", {})
+    left.rate = facts.get("rate")
+    return left
 
 
 def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], saved: SavedSettings) -> None:

@@ -3,8 +3,7 @@
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import CannotDo, GuestGone, InDoubt, Refused
 from . import userfault
@@ -23,8 +22,7 @@ BUSY = frozenset(("setup", "active", "device", "pre-switchover", "wait-unplug", 
 )
 
 
-@dataclass(frozen=True)
-class GuestState:
+class GuestState(NamedTuple):
     """Where a guest stands: QEMU's run state, the status of its migration ('none' where there was none), its answer."""
 
     run: str

@@ -3,8 +3,7 @@
 import contextlib
 import shlex
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..progress import Sample
 from ..report import printable, time_words
@@ -33,8 +32,7 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """What `of` found: the guest's path, its standing, whether left-overs lie there, words and commands for next."""
 
     path: str

@@ -4,7 +4,6 @@ For a QEMU that itself waits for a page of its guest: nothing reaches it by its 
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -109,6 +108,8 @@ class Userfault:
 
     def copy(self, address: int, data: memoryview) -> None:
         """Put a page where none is; what is there stays."""
+        import ctypes
+
         buffer = ctypes.create_string_buffer(bytes(data), PAGE)
         self._ask(UFFDIO_COPY, struct.pack("5Q", address, ctypes.addressof(buffer), PAGE, 0, 0))
 
@@ -149,6 +150,8 @@ def _taken(pid: int) -> int:
         numbers = descriptors(pid)
         if not numbers:
             raise CannotDo(f"QEMU (process {pid}) does not wait for pages")
+        import ctypes
+
         libc = ctypes.CDLL(None, use_errno=True)
         fd = int(libc.syscall(SYS_PIDFD_GETFD, process, numbers[0], 0))
         if fd < 0:

@@ -166,28 +166,36 @@ class Monitor:
     def _connect(self) -> None:
         give_up = time.monotonic() + self._patience
         _reach(self._socket, self._path, give_up)
+        give_up = max(give_up, time.monotonic() + 0.01)
         pid = self.pid()
         try:
-            greeting = self._message(max(give_up, time.monotonic() + 0.01))
+            self._negotiate(self._message(give_up), give_up)
         except TimeoutError:
+            # A QEMU that stands still may greet; it does not negotiate.
             raise (StandsStill(self._path, pid) if userfault.waits(pid) else _busy(self._path)) from None
+
+    def _negotiate(self, greeting: dict[str, Any], give_up: float) -> None:
         offered = greeting.get("QMP")
         if not isinstance(offered, dict):
             raise self._no_qmp(f"found {str(greeting)[:60]}")
         capabilities = offered.get("capabilities")
         self._oob = isinstance(capabilities, list) and "oob" in capabilities
-        self.ask("qmp_capabilities", enable=["oob"] if self._oob else [])
+        self._answer("execute", "qmp_capabilities", {"enable": ["oob"] if self._oob else []}, give_up)
 
     def _ask(self, how: str, command: str, arguments: dict[str, Any]) -> Any:
+        try:
+            return self._answer(how, command, arguments, time.monotonic() + ANSWER)
+        except TimeoutError:
+            raise CannotDo(f"no answer to '{command}' from {self._path} in {ANSWER:.0f} s") from None
+
+    def _answer(self, how: str, command: str, arguments: dict[str, Any], give_up: float) -> Any:
+        """TimeoutError where none has come by then."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         self._last += 1
-        give_up = time.monotonic() + ANSWER
         try:
             self._send(json.dumps({how: command, "arguments": named, "id": self._last}).encode(), give_up)
             while (answer := self._sort(self._message(give_up))) is None:
                 pass
-        except TimeoutError:
-            raise CannotDo(f"no answer to '{command}' from {self._path} in {ANSWER:.0f} s") from None
         except GuestGone as error:
             raise GuestGone(f"the guest at {self._path} went away during '{command}'") from error
         if "return" in answer:
@@ -224,7 +232,9 @@ class Monitor:
                 self._decoder.feed(data)
         except Malformed as error:
             raise self._no_qmp(str(error)) from error
-        except ConnectionError as error:
+        except TimeoutError:
+            raise
+        except OSError as error:
             raise GuestGone(f"the guest at {self._path} went away") from error
         return message
 

@@ -216,8 +216,9 @@ def test_qemu_dies_at_each_step(place: Path, last: Any) -> None:
             client.event(1)
 
 
-def test_nobody_greets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with QmpServer(place, greeting=(SILENCE,)) as server:
+@pytest.mark.parametrize("greeting", [SILENCE, GREETING])
+def test_nobody_greets_or_negotiates(place: Path, greeting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with QmpServer(place, lambda _: (SILENCE,), greeting=(greeting,)) as server:
         begun = time.monotonic()
         with pytest.raises(CannotDo, match="another client holds it"):
             Monitor(server.path, 0.3).__enter__()

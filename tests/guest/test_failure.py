@@ -141,6 +141,39 @@ def test_vm_dump_and_its_guard_are_killed(guests: Guests, work: Path, cure: str)
     assert "left over" not in shell("vm-status a.qmp", work).text
 
 
+def test_who_paused_it_is_known_to_the_next_command(guests: Guests, work: Path) -> None:
+    """vm-dump --stop is killed with its guard: the guest ran before, so the next command that fails lets it run."""
+    source = guests.running()
+    process = start(work, "vm-dump -q --stop --speed 29999k a.qmp > s")
+    try:
+        until(lambda: sending(source), 20, "under way")
+        shell("pkill -9 -f '[-]-speed 29999k'", work)
+        process.wait(60)
+    finally:
+        end(process)
+    until(lambda: not sending(source) and source.status() == "paused", 20, "it is left paused")
+    assert "return-path, the pause" in shell("vm-status a.qmp", work).text
+    assert shell("vm-dump -q --to 'exit 3' a.qmp", work).status == 1
+    as_it_was(source)
+
+
+def test_a_guest_that_its_user_paused_stays_so(guests: Guests, work: Path, disk: Path) -> None:
+    """Whatever else the guard has to undo when vm-dump is killed."""
+    source = guests.with_disk(disk)
+    source.cmd("stop")
+    process = start(work, "vm-dump -q --stop --disks t --speed 29999k a.qmp > s")
+    try:
+        until(lambda: sending(source), 20, "under way")
+        os.kill(dumper(process.pid), signal.SIGKILL)
+        process.wait(60)
+    finally:
+        end(process)
+    until(lambda: not sending(source) and not switched_on(source), 20, "all is undone")
+    until(lambda: not list(work.glob("disk.t.*")), 20, "the overlay is gone")
+    assert source.standing(2)
+    assert source.status() == "paused"
+
+
 def test_ctrl_c_on_the_whole_pipeline(guests: Guests, work: Path) -> None:
     """The terminal sends it to all: the reader may be gone before vm-dump hears of it."""
     source = guests.running()

@@ -96,7 +96,7 @@ class Dump:
             raise InDoubt(
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
-        self._guard.done()
+        self._leave_guard()
         return self._outcome(state, info, control.finish(path, self._plan.after))
 
     def _find_disks(self) -> "Checkpoint | None":
@@ -124,10 +124,10 @@ class Dump:
     def _send(self) -> State:
         take = self._disks.take if self._disks else None
         if self._disks:
-            # From here on there is something to undo, also where the guest stands already.
+            # From here on there is something to undo.
             self._guard.watch()
             self._disks.prepare()
-        self._migration.start(self._theirs.fileno(), stopped=self._plan.stop, watch=self._guard.watch, take=take)
+        self._migration.start(self._theirs.fileno(), stopped=self._plan.stop, take=take)
         self._theirs.close()
         release_signals()
         if self._migration.paused_first:
@@ -165,8 +165,7 @@ class Dump:
                 self._disks.undo()
         except VmstateError as found:
             trouble = found
-        # Where we did not get the guest to run on, the guard goes on trying.
-        self._guard.leave() if trouble else self._guard.done()
+        self._leave_guard(trouble)
         if trouble and self._disks and isinstance(error, VmstateError):
             written = [f"what the guest has written last is in {name}" for name in self._disks.overlays()]
             error.hints = (*error.hints, *written)
@@ -176,6 +175,10 @@ class Dump:
         if isinstance(error, Stopped) or not isinstance(error, Exception):
             return error
         return self._explain(error, guest_state)
+
+    def _leave_guard(self, trouble: VmstateError | None = None) -> None:
+        """Where we did not get the guest to run on, or the settings back, the guard goes on trying."""
+        self._guard.leave() if trouble or not self._migration.saved.restored else self._guard.done()
 
     def _let_go_of_the_sink(self) -> None:
         if isinstance(self._sink, Output):

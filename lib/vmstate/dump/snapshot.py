@@ -79,7 +79,7 @@ class Snapshot(Dump):
             raise self._put_back(error) from error
         with contextlib.suppress(Refused):
             with_retry(self._plan.path, self._migration.saved.put_back)
-        self._guard.done()
+        self._leave_guard()
         after = query_once(self._plan.path)
         outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
         # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
@@ -103,7 +103,7 @@ class Snapshot(Dump):
         self._let_go_of_the_sink()
         if self._migration.begun:
             with contextlib.suppress(VmstateError):
-                drain(self._plan.path, self._ours.fileno())
+                drain(self._plan.path, self._ours.fileno(), self._migration.saved)
         return super()._put_back(error)
 
     def _send(self) -> State:
@@ -171,22 +171,19 @@ def discarding(fd: int) -> Iterator[None]:
         thread.join()
 
 
-def drain(path: str, fd: int) -> None:
-    """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all."""
+def drain(path: str, fd: int, saved: settings.SavedSettings | None = None) -> None:
+    """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all.
+
+    saved: the settings of this command; None: those that one that died has left.
+    """
     with discarding(fd):
-        had = with_retry(path, _unlimited, FOR_EVER)
-        if had is None:
-            return
-        try:
+        if with_retry(path, lambda monitor: _unlimited(monitor, saved), FOR_EVER):
             wait_for(path, lambda guest_state: not guest_state.moving, FOR_EVER, "to end its snapshot")
-        finally:
-            with_retry(path, lambda monitor: monitor.ask("migrate-set-parameters", max_bandwidth=had))
 
 
-def _unlimited(monitor: Monitor) -> int | None:
-    """Lift the limit of what QEMU sends; what it was, None where it sends nothing any more."""
+def _unlimited(monitor: Monitor, saved: settings.SavedSettings | None) -> bool:
+    """Lift the limit of what QEMU sends; whether it still sends."""
     if not query(monitor).moving:
-        return None
-    had = int(monitor.ask("query-migrate-parameters").get("max-bandwidth", 0))
-    monitor.ask("migrate-set-parameters", max_bandwidth=0)
-    return had
+        return False
+    (saved or settings.left_behind(monitor) or settings.SavedSettings()).lift_rate(monitor)
+    return True

@@ -11,10 +11,12 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from ..errors import CannotDo, Refused
 from ..io.pipeline import end_group
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
 
 
+# Seconds behind each try to have a guest run.
+TRIES = (1, 5, 25, 0)
 Drain = tuple[int, Callable[[], None]]
 
 
@@ -70,16 +74,21 @@ class Guard:
         os.close(theirs)
 
     def watch(self) -> None:
-        """From now on there is something to put back: the guest stands still only because of us."""
-        os.write(self._ours, WATCH)
+        """From now on there is a snapshot to be taken to its end, or disks to be undone."""
+        try:
+            os.write(self._ours, WATCH)
+        except BrokenPipeError as error:
+            raise CannotDo("the process that watches over the guest has ended") from error
 
     def let_go(self) -> None:
         """The sink has every byte: its input may end."""
-        os.write(self._ours, LET_GO)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._ours, LET_GO)
 
     def keep(self) -> None:
         """What else was done belongs to something whole: it stays."""
-        os.write(self._ours, KEEP)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._ours, KEEP)
 
     def leave(self) -> None:
         """Something is left to put back that we could not."""
@@ -111,16 +120,16 @@ def _close_all_but(kept: set[int]) -> None:
     for fd in sorted(kept):
         os.closerange(at, fd)
         at = fd + 1
-    os.closerange(at, 4096)
+    os.closerange(at, os.sysconf("SC_OPEN_MAX"))
 
 
 def _guard(control: int, duty: _Duty) -> None:
-    stopped = False
+    begun = False
     while word := os.read(control, 1):
         if word == DONE:
             return
         if word == WATCH:
-            stopped = True
+            begun = True
         if word == KEEP:
             duty.undo = None
         if word == LET_GO:
@@ -128,7 +137,7 @@ def _guard(control: int, duty: _Duty) -> None:
     if duty.group is not None:
         end_group(duty.group)
     _close_held(duty)
-    _put_back(duty, stopped)
+    _put_back(duty, begun)
 
 
 def _close_held(duty: _Duty) -> None:
@@ -137,37 +146,45 @@ def _close_held(duty: _Duty) -> None:
     duty.held = None
 
 
-def _put_back(duty: _Duty, stopped: bool) -> None:
-    from ..qemu import state
+def _put_back(duty: _Duty, begun: bool) -> None:
+    from ..qemu import settings, state
 
     with contextlib.suppress(Exception):
-        if duty.snapshot and stopped:
+        if duty.snapshot and begun:
             duty.snapshot[1]()
     with contextlib.suppress(Exception):
         # However long that takes: the wait ends with the QEMU.
         state.wait_for(duty.path, _is_over, state.FOR_EVER, "to end its migration", slowest=0.5)
-        state.with_retry(duty.path, lambda monitor: _settle(monitor, duty, stopped), state.FOR_EVER)
+        _resume(duty)
+        state.with_retry(duty.path, lambda monitor: settings.clear_leftovers(monitor, duty.owner), state.FOR_EVER)
     with contextlib.suppress(Exception):
-        if duty.undo and stopped:
+        if duty.undo and begun:
             duty.undo()
+
+
+def _resume(duty: _Duty) -> None:
+    """Have the guest run where our parent has paused it; a disk image that is locked may be free a moment later."""
+    from ..qemu import state
+
+    for pause in TRIES:
+        with contextlib.suppress(Refused):
+            state.with_retry(duty.path, lambda monitor: _settle(monitor, duty), state.FOR_EVER)
+            break
+        time.sleep(pause)
 
 
 def _is_over(guest_state: "GuestState") -> bool:
     return not guest_state.moving and guest_state.run != "finish-migrate"
 
 
-def _settle(monitor: "Monitor", duty: _Duty, stopped: bool) -> None:
+def _settle(monitor: "Monitor", duty: _Duty) -> None:
     from ..qemu import control, markers, settings, state
 
     guest_state, left = state.query(monitor), settings.left_behind(monitor)
-    ours = left is not None and left.owner == duty.owner
-    if not _is_over(guest_state) or (left and not ours):
-        # Another command has the guest now.
+    if not left or left.owner != duty.owner or not _is_over(guest_state) or guest_state.given_away:
+        # All is as it was, or another command has the guest now.
         return
-    if not guest_state.given_away:
-        if ours and markers.MOVED in markers.names(monitor):
-            markers.keep(monitor, duty.move)
-        # In a snapshot the guest goes on by itself, unless it was stopped for its disks.
-        if stopped and guest_state.run in ("paused", "postmigrate"):
-            control.cont_announced(monitor)
-    settings.clear_leftovers(monitor, duty.owner)
+    if markers.MOVED in markers.names(monitor):
+        markers.keep(monitor, duty.move)
+    if left.stopped and guest_state.run in ("paused", "postmigrate"):
+        control.cont_announced(monitor)

@@ -131,9 +131,12 @@ class Move:
             info = self._migration.completed().info
         except VmstateError as error:
             raise InDoubt(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
-        assert self._guard
-        self._guard.done()
+        self._end_guard()
         return self._outcome(info, control.finish(path, self._plan.after))
+
+    def _end_guard(self) -> None:
+        assert self._guard
+        self._guard.done() if self._migration.saved.restored else self._guard.leave()
 
     def _follow(self) -> None:
         """Look until it is over; CannotDo once it has taken too long."""
@@ -166,15 +169,14 @@ class Move:
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
-        assert self._guard
         if not self._migration.begun:
-            self._guard.done()
+            self._end_guard()
             return error
         path = self._plan.path
         try:
             self._cancel()
             guest_state = self._migration.take_back()
-            self._guard.done()
+            self._end_guard()
         except GuestGone as gone:
             return InDoubt(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
         except VmstateError as trouble:

@@ -78,7 +78,7 @@ class Watch:
         """Twice as long for each round that it did not suffice for."""
         now = guest_state.info.get("ram", {}).get("dirty-sync-count", 0)
         # The first round has all of the memory, and says nothing.
-        if self._pause >= self._most or now <= max(self._round, 2):
+        if not guest_state.moving or self._pause >= self._most or now <= max(self._round, 2):
             return
         self._round, self._pause = now, min(self._most, 2 * self._pause)
         monitor.ask("migrate-set-parameters", **{PAUSE: self._pause})

@@ -16,7 +16,7 @@ from ..dump.watchdog import Guard
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Stopped, VmstateError
 from ..io.descriptors import channel
 from ..progress import Progress
-from ..qemu import control, markers, outgoing
+from ..qemu import control, markers, outgoing, settings
 from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Monitor
 from ..qemu.state import query, query_once, with_retry
@@ -108,7 +108,7 @@ class OutgoingHandover:
     def _facts(self) -> dict[str, Any]:
         with Monitor(self._plan.path) as monitor:
             guest_state = outgoing.require_sendable(monitor, self._plan.path)
-            return {**preflight.facts(monitor), "run": guest_state.run in ("running", "suspended")}
+            return {**preflight.facts(monitor), "run": settings.ran(monitor, guest_state)}
 
     def _open(self) -> Peer:
         hold_signals()
@@ -156,7 +156,7 @@ class OutgoingHandover:
             self._outgoing = self._bridge = PostcopyBridge(self._plan.path, self._ours, peer)
         hold_signals()
         assert self._guard
-        self._migration.start(self._theirs.fileno(), stopped=False, watch=self._guard.watch)
+        self._migration.start(self._theirs.fileno(), stopped=False)
         release_signals()
         self._theirs.close()
         if self._migration.paused_first:
@@ -336,7 +336,7 @@ class OutgoingHandover:
 
     def _end_guard(self, trouble: VmstateError | None = None) -> None:
         if self._guard:
-            self._guard.leave() if trouble else self._guard.done()
+            self._guard.leave() if trouble or not self._migration.saved.restored else self._guard.done()
         self._guard = None
 
     def _crossed(self, error: BaseException) -> VmstateError | None:

@@ -111,6 +111,8 @@ class Waiting:
                 monitor.send_fd(NAME, theirs.fileno())
                 self.incoming(monitor)
             except Refused:
+                with contextlib.suppress(Refused):
+                    monitor.ask("closefd", fdname=NAME)
                 self.saved.put_back(monitor)
                 raise
             self.begun = True

@@ -29,8 +29,8 @@ HALTED = "vmstate-halted"
 # In a hint, what only the reader knows: the way to the other side.
 URI = "URI-OF-THE-SOURCE"
 ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED, LAZY, HALTED)
-# What a command has changed in the settings of its QEMU, as it was before.
-SETTINGS = "vmstate-settings"
+# What a command has changed in the settings of its QEMU, as it was before; two names, so that it can be replaced.
+SETTINGS = ("vmstate-settings", "vmstate-settings-2")
 
 Marks = dict[str, dict[str, Any]]
 

@@ -9,7 +9,7 @@ from ..errors import CannotDo, InDoubt, Refused, WrongUsage
 from . import markers, userfault
 from .control import run_on
 from .monitor import Monitor
-from .settings import DEFAULT_BANDWIDTH, ON, SavedSettings, prepare
+from .settings import DEFAULT_BANDWIDTH, ON, SavedSettings, prepare, ran
 from .state import BUSY, RUNS, GuestState, loses_pages, query, version_words, wait_for, with_retry
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
@@ -116,10 +116,8 @@ class OutgoingMigration:
         # QEMU has begun to send.
         self.sent = False
 
-    def start(
-        self, fd: int, *, stopped: bool, watch: Callable[[], None], take: Callable[[Monitor], None] | None = None
-    ) -> None:
-        """Send to the socket `fd`; with `stopped` the guest is stopped first, after `watch` has been called.
+    def start(self, fd: int, *, stopped: bool, take: Callable[[Monitor], None] | None = None) -> None:
+        """Send to the socket `fd`; with `stopped` the guest is stopped first.
 
         It is stopped as well where a live migration may lose pages.  take: what belongs to the instant in which it
         stands.  Once `begun` is true there is something for `take_back` to undo, also where this raises.
@@ -129,9 +127,8 @@ class OutgoingMigration:
             if self.saved.ran and not (stopped or take or self._live_anyway) and loses_pages(monitor):
                 self.paused_first = version_words(monitor)
             if (stopped or take or self.paused_first) and self.saved.ran:
-                watch()
                 self._stopped = True
-                monitor.ask("stop")
+                self.saved.pause(monitor)
             if take:
                 take(monitor)
             monitor.send_fd(NAME, fd)
@@ -151,7 +148,8 @@ class OutgoingMigration:
             monitor.send_fd(NAME, fd)
             if take:
                 self._stopped = self.saved.ran
-                monitor.ask("stop")
+                if self.saved.ran:
+                    self.saved.pause(monitor)
                 take(monitor)
             # Before the word is given: where no answer comes, it may be sending.
             self.sent = True
@@ -162,8 +160,9 @@ class OutgoingMigration:
                 raise
             if take and self.saved.ran:
                 _run_on_once_kept(monitor)
-            if self.saved.ran:
-                paused.append(_pause(monitor))
+                self.saved.resumed(monitor)
+            if self.saved.ran and (pause := _pause(monitor)) is not None:
+                paused.append(pause)
 
         self._begin(send)
         return paused[0] if paused else None
@@ -182,7 +181,8 @@ class OutgoingMigration:
         with Monitor(self.path) as monitor:
             guest_state = require_sendable(monitor, self.path)
             markers.refuse(markers.read(monitor), guest_state.run, guest_state.given_away, self.path)
-            self.saved.ran = guest_state.run in RUNS
+            self.saved.ran = ran(monitor, guest_state)
+            self._stopped = self.saved.stopped = self.saved.ran and guest_state.run not in RUNS
             self.begun = True
             try:
                 markers.clear(monitor)
@@ -229,10 +229,11 @@ class OutgoingMigration:
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)
+        ours = guest_state.run == "postmigrate" or (guest_state.run == "paused" and self._stopped)
+        after = run_on(monitor) if self.saved.ran and ours else query(monitor)
         with contextlib.suppress(Refused):
             self.saved.put_back(monitor)
-        ours = guest_state.run == "postmigrate" or (guest_state.run == "paused" and self._stopped)
-        return run_on(monitor) if self.saved.ran and ours else query(monitor)
+        return after
 
 
 def _run_on_once_kept(monitor: Monitor) -> None:
@@ -250,8 +251,11 @@ def _run_on_once_kept(monitor: Monitor) -> None:
         monitor.ask("cont")
 
 
-def _pause(monitor: Monitor) -> float:
-    """From QEMU's STOP to its RESUME, in ms, by its own clock; CannotDo where the migration ends before."""
+def _pause(monitor: Monitor) -> float | None:
+    """From QEMU's STOP to its RESUME, in ms, by its own clock; None where it is over without them (a guest that ends).
+
+    CannotDo where the migration fails before.
+    """
     stopped = None
     while True:
         event = monitor.event(1)
@@ -259,6 +263,8 @@ def _pause(monitor: Monitor) -> float:
             guest_state = query(monitor)
             if not guest_state.moving and guest_state.migration != "completed":
                 raise CannotDo(f"QEMU ended the snapshot as '{guest_state.migration}': {guest_state.reason}")
+            if not guest_state.moving:
+                return None
             continue
         stamp = event["timestamp"]
         at: float = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000

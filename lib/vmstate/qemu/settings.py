@@ -10,6 +10,7 @@ from typing import Any
 
 from . import markers, userfault
 from .monitor import Monitor
+from .state import RUNS, GuestState, query
 
 # QEMU's own rhythm, in ms
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -23,8 +24,9 @@ DEFAULT_BANDWIDTH = 128 << 20
 class SavedSettings:
     """What a command found and is to put back: capabilities, parameters, and whether the guest ran.
 
-    rate: max-bandwidth as the command has set it, None where it has not.  owner: tells this command's values from those
-    of another.  The values are kept in QEMU too, until they are put back, for whoever comes after a command that died.
+    rate: max-bandwidth as the command has set it.  stopped: the command has paused a guest that ran.  owner: tells this
+    command's values from those of another.  The values are kept in QEMU too, until they are put back, for whoever comes
+    after a command that died.
     """
 
     def __init__(self, owner: str | None = None) -> None:
@@ -32,40 +34,88 @@ class SavedSettings:
         self.capabilities: list[dict[str, Any]] = []
         self.parameters: dict[str, Any] = {}
         self.rate: int | None = None
+        self.stopped = False
         self.ran = False
 
+    @property
+    def restored(self) -> bool:
+        """Whether nothing is left to put back."""
+        return not (self.capabilities or self.parameters or self.stopped)
+
     def keep(self, monitor: Monitor) -> None:
-        """Leave the values in QEMU, in place of those that another command has left there."""
-        markers.remove(monitor, markers.SETTINGS)
-        if self.capabilities or self.parameters:
-            values = {"capabilities": self.capabilities, "parameters": self.parameters, "rate": self.rate}
-            markers.put(monitor, markers.SETTINGS, owner=self.owner, **values)
+        """Leave the values in QEMU, in place of those that this or another command has left there."""
+        before = [name for _, name, _ in _kept(monitor)]
+        if len(before) == len(markers.SETTINGS):
+            markers.remove(monitor, before.pop(0))
+        if not self.restored:
+            values = {name: getattr(self, name) for name in ("owner", "capabilities", "parameters", "rate", "stopped")}
+            (spare,) = set(markers.SETTINGS) - set(before) if before else markers.SETTINGS[:1]
+            markers.put(monitor, spare, at=time.time(), **values)
+        for name in before:
+            markers.remove(monitor, name)
+
+    def pause(self, monitor: Monitor) -> None:
+        """Pause a guest that runs; who comes later knows that it was not the user."""
+        self.stopped = True
+        self.keep(monitor)
+        monitor.ask("stop")
+
+    def resumed(self, monitor: Monitor) -> None:
+        """It runs again."""
+        self.stopped = False
+        self.keep(monitor)
+
+    def lift_rate(self, monitor: Monitor) -> None:
+        """No limit any more to what QEMU sends; the one that there was is put back with all else."""
+        had = monitor.ask("query-migrate-parameters").get("max-bandwidth", 0)
+        if "max-bandwidth" not in self.parameters or had != self.rate:
+            self.parameters["max-bandwidth"] = had
+        self.rate = 0
+        self.keep(monitor)
+        monitor.ask("migrate-set-parameters", max_bandwidth=0)
 
     def put_back(self, monitor: Monitor) -> None:
-        if not self.capabilities and not self.parameters:
+        """Refused where QEMU does not take them: then they stay in QEMU, to be put back later."""
+        if self.restored:
             return
-        if self.capabilities:
-            _wait_for_the_snapshot(monitor)
-            monitor.ask("migrate-set-capabilities", capabilities=self.capabilities)
-        had = dict(self.parameters)
-        if "max-bandwidth" in had and monitor.ask("query-migrate-parameters").get("max-bandwidth") != self.rate:
-            # vm-speed has set it meanwhile.
-            del had["max-bandwidth"]
-        if had:
-            monitor.ask("migrate-set-parameters", **had)
-        self.capabilities, self.parameters = [], {}
-        markers.remove(monitor, markers.SETTINGS)
+        left = left_behind(monitor)
+        if left and left.owner == self.owner:
+            had = dict(self.parameters)
+            if "max-bandwidth" in had and monitor.ask("query-migrate-parameters").get("max-bandwidth") != self.rate:
+                # vm-speed has set it meanwhile.
+                del had["max-bandwidth"]
+            if had:
+                monitor.ask("migrate-set-parameters", **had)
+            if self.capabilities:
+                _wait_for_the_snapshot(monitor)
+                monitor.ask("migrate-set-capabilities", capabilities=self.capabilities)
+        self.capabilities, self.parameters, self.stopped = [], {}, False
+        if left and left.owner == self.owner:
+            self.keep(monitor)
+
+
+def _kept(monitor: Monitor) -> list[tuple[float, str, dict[str, Any]]]:
+    """When, under which name, and what; of two, where a command died when it replaced one, the newer has all."""
+    found = [(name, markers.facts(monitor, name)) for name in markers.names(monitor, markers.SETTINGS)]
+    return sorted(((float(facts.get("at", 0)), name, facts) for name, facts in found), key=lambda entry: entry[0])
 
 
 def left_behind(monitor: Monitor) -> SavedSettings | None:
     """What a command has kept in QEMU and not put back; None where there is nothing."""
-    if markers.SETTINGS not in markers.names(monitor, (markers.SETTINGS,)):
+    kept = _kept(monitor)
+    if not kept:
         return None
-    facts = markers.facts(monitor, markers.SETTINGS)
+    _, _, facts = kept[-1]
     left = SavedSettings(str(facts.get("owner")))
     left.capabilities, left.parameters = facts.get("capabilities", []), facts.get("parameters", {})
-    left.rate = facts.get("rate")
+    left.rate, left.stopped = facts.get("rate"), facts.get("stopped") is True
     return left
+
+
+def ran(monitor: Monitor, guest_state: GuestState) -> bool:
+    """Whether the guest runs, or was only paused by a command that has died since."""
+    left = left_behind(monitor) if guest_state.run == "paused" else None
+    return guest_state.run in RUNS or bool(left and left.stopped)
 
 
 def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], saved: SavedSettings) -> None:
@@ -137,7 +187,8 @@ def _wait_for_the_snapshot(monitor: Monitor) -> None:
 def clear_leftovers(monitor: Monitor, owner: str | None = None) -> None:
     """Put back what a command that was killed has left behind; owner: only where it was this one."""
     left = left_behind(monitor)
-    if owner is not None and (left is None or left.owner != owner):
+    # Those of a command that is at work are its own.
+    if query(monitor).moving or (owner is not None and (left is None or left.owner != owner)):
         return
     if left:
         left.put_back(monitor)

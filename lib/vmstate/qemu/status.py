@@ -70,8 +70,10 @@ def of(path: str) -> Status:
         found = markers.read(monitor)
         left = left_behind(monitor)
         lost = lost_its_snapshot(guest_state, monitor.pid())
-    changed = set(left.parameters) if left else set()
-    leftovers = () if guest_state.moving else tuple(sorted(capabilities & set(LEFT_OVER) | changed))
+    changed = {*left.parameters, *(["the pause"] if left.stopped else [])} if left else set()
+    # One that waits for the word of its source is held by a command that is at work.
+    held = guest_state.moving or (markers.TAKEN in found and guest_state.run == "paused")
+    leftovers = () if held else tuple(sorted(capabilities & set(LEFT_OVER) | changed))
     if lost:
         words = "stands still: its pages are protected still, for a snapshot that was lost"
         return Status(path, guest_state, (), words, (f"vm-cont {shlex.quote(path)}",))

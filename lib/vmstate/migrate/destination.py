@@ -9,7 +9,7 @@ import select
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CannotDo, Damaged, GuestGone, InDoubt, VmstateError
+from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Stopped, VmstateError
 from ..io.descriptors import channel, write_all
 from ..io.pipeline import ShellPipeline
 from ..qemu import control, markers
@@ -315,7 +315,7 @@ class IncomingMigration:
         path = self._path
         if isinstance(error, GuestGone):
             return GuestGone(f"{error}, when it had been loaded")
-        why = str(error) if isinstance(error, VmstateError) else "a signal came"
+        why = "a signal came" if isinstance(error, Stopped) else str(error)
         settle = f"vm-migrate --recover {path} {markers.URI}"
         if self._granted:
             text = f"the guest at {path} was let go by its source, but does not run: {why}"

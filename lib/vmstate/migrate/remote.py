@@ -104,6 +104,8 @@ class Peer:
             self._process.wait(ENDS)
         except subprocess.TimeoutExpired:
             self.cut()
+        # Its last words may still be on their way from the pipe.
+        self._listener.join(1)
         return None
 
     def cut(self) -> None:

@@ -353,7 +353,7 @@ class OutgoingHandover:
         self._ours.close()
         assert self._peer
         self._peer.cut()
-        why = self._reason_for(error) if isinstance(error, VmstateError) else "a signal came"
+        why = "a signal came" if isinstance(error, Stopped) else self._reason_for(error)
         text = f"the guest runs on the other side, and the link to its pages is lost: {why}"
         return InDoubt(text, self._recover_words())
 

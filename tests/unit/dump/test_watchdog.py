@@ -1,6 +1,7 @@
 """A watchdog whose parent dies, and a scripted QEMU that it finds then."""
 
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,16 @@ def test_it_puts_back(qemu: FakeQemu, path: str, stopped: bool) -> None:
     ends(guard)
     assert (qemu.settings(), qemu.objects, qemu.run) == (before, {}, "running")
     assert ("cont" in qemu.heard) == stopped
+
+
+def test_a_guest_that_its_user_has_paused_stays_so(qemu: FakeQemu, path: str) -> None:
+    qemu.run = "paused"
+    saved = begun(path)
+    guard = Guard(path, saved.owner)
+    guard.watch()
+    dies(guard)
+    ends(guard)
+    assert (qemu.run, qemu.objects) == ("paused", {})
 
 
 def test_it_waits_for_the_end_of_the_migration(qemu: FakeQemu, path: str) -> None:
@@ -182,6 +193,9 @@ def test_nothing_is_held_open(qemu: FakeQemu, path: str) -> None:
     os.close(writing)
     guard = Guard(path, saved.owner)
     os.close(1 << 13)
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    assert poll.poll(5000)
     assert os.read(reading, 1) == b""
     os.close(reading)
     dies(guard)

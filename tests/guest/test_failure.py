@@ -120,17 +120,21 @@ def switched_on(guest: Guest) -> list[str]:
     return [c["capability"] for c in guest.cmd("query-migrate-capabilities") if c["state"]]
 
 
-@pytest.mark.parametrize("cure", ["vm-cont a.qmp", "vm-dump -q --after running a.qmp > again"])
-def test_vm_dump_and_its_guard_are_killed(guests: Guests, work: Path, cure: str) -> None:
-    """What both have left is named, and the next command restores it, the rate too."""
-    source = guests.running()
-    process = start(work, "vm-dump -q --speed 29999k a.qmp > s")
+def killed_with_its_guard(work: Path, source: Guest, *options: str) -> None:
+    process = start(work, f"vm-dump -q {' '.join(options)} --speed 29999k a.qmp > s")
     try:
         until(lambda: sending(source), 20, "under way")
         shell("pkill -9 -f '[-]-speed 29999k'", work)
         process.wait(60)
     finally:
         end(process)
+
+
+@pytest.mark.parametrize("cure", ["vm-cont a.qmp", "vm-dump -q --after running a.qmp > again"])
+def test_vm_dump_and_its_guard_are_killed(guests: Guests, work: Path, cure: str) -> None:
+    """What both have left is named, and the next command restores it, the rate too."""
+    source = guests.running()
+    killed_with_its_guard(work, source)
     until(lambda: not sending(source) and source.status() == "running", 20, "it runs on")
     status = shell("vm-status a.qmp", work)
     assert "left over from a command that was killed: max-bandwidth, return-path" in status.text
@@ -144,13 +148,7 @@ def test_vm_dump_and_its_guard_are_killed(guests: Guests, work: Path, cure: str)
 def test_who_paused_it_is_known_to_the_next_command(guests: Guests, work: Path) -> None:
     """vm-dump --stop is killed with its guard: the guest ran before, so the next command that fails lets it run."""
     source = guests.running()
-    process = start(work, "vm-dump -q --stop --speed 29999k a.qmp > s")
-    try:
-        until(lambda: sending(source), 20, "under way")
-        shell("pkill -9 -f '[-]-speed 29999k'", work)
-        process.wait(60)
-    finally:
-        end(process)
+    killed_with_its_guard(work, source, "--stop")
     until(lambda: not sending(source) and source.status() == "paused", 20, "it is left paused")
     assert "return-path, the pause" in shell("vm-status a.qmp", work).text
     assert shell("vm-dump -q --to 'exit 3' a.qmp", work).status == 1

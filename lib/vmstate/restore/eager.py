@@ -23,16 +23,16 @@ from ..stream.identity import identity
 from ..stream.validate import State
 from ..vmz import decompress
 from ..vmz.vmz_file import vmz_file
-from .once import Once
 from .outcome import Outcome, nics_of, refusal_of
 from .relay import Head, Incoming, QemuStopped, read_head
+from .used_states import UsedStates
 
 
 @dataclass(frozen=True)
 class RestorePlan:
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
-    disks: to be put back, for the QEMU to start.  once: where it is noted.
+    disks: to be put back, for the QEMU to start.  used: where it is noted.
     """
 
     path: str | None = None
@@ -40,7 +40,7 @@ class RestorePlan:
     run: bool | None = None
     source: str | None = None
     disks: Revert | None = None
-    once: Once | None = None
+    used: UsedStates | None = None
 
 
 class Restore:
@@ -142,16 +142,16 @@ class Restore:
         """The input ends as a whole state does; so must all stages before it, each with 0."""
         if self._plan.disks:
             self._plan.disks.validate(state)
-        if self._plan.once:
-            self._plan.once.require_new(identity(state))
+        if self._plan.used:
+            self._plan.used.require_new(identity(state))
         if self._pipeline and not self._whole:
             self._pipeline.finish()
         self._whole = True
 
     def _note(self, saved: State) -> None:
         try:
-            if self._plan.once:
-                self._plan.once.note(identity(saved))
+            if self._plan.used:
+                self._plan.used.note(identity(saved))
         except VmstateError:
             # Another one was faster.
             assert self._waiting

@@ -30,11 +30,11 @@ from ..vmz.state_file import RawFile, StateFile, state_of
 from ..vmz.vmz_file import vmz_file
 from . import page_injection
 from .compatibility import Against
-from .once import Once
 from .outcome import Outcome, nics_of
 from .page_server import Lost, PageServer, Place, ServedPages
 from .page_server_thread import Recovered, Serving, recover
 from .postcopy import NoIndex, NotLazy, Opening, have_of, opening_of
+from .used_states import UsedStates
 
 # What may lie between us and QEMU: a request waits behind it.
 ROOM = 128 << 10
@@ -47,7 +47,7 @@ class LazyPlan:
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
     first: pages to be sent before the rest.  resume: the guest runs already, and has lost its server; sure: though it
-    is not marked with the state that it runs on.  disks, once: as in `eager.Plan`.
+    is not marked with the state that it runs on.  disks, used: as in `eager.RestorePlan`.
     """
 
     path: str | None = None
@@ -58,7 +58,7 @@ class LazyPlan:
     resume: bool = False
     sure: bool = False
     disks: Revert | None = None
-    once: Once | None = None
+    used: UsedStates | None = None
 
 
 def open_state(fd: int) -> StateFile:
@@ -104,8 +104,8 @@ class Lazy:
         self._state = state_of(self._file)
         if plan.disks:
             plan.disks.validate(self._state)
-        if plan.once:
-            plan.once.require_new(identity(self._state))
+        if plan.used:
+            plan.used.require_new(identity(self._state))
         self._process: Process | None = None
         self._saved = SavedSettings()
         self._ours: socket.socket | None = None
@@ -177,8 +177,8 @@ class Lazy:
             require_waiting(monitor, self.path)
             hold_signals()
             self._set_up(monitor, run)
-            if self._plan.once:
-                self._plan.once.note(identity(self._state))
+            if self._plan.used:
+                self._plan.used.note(identity(self._state))
             monitor.send_fd(NAME, theirs.fileno())
             Waiting.incoming(monitor)
             theirs.close()

@@ -9,7 +9,7 @@ import pytest
 from vmstate.checkpoint import manifest
 from vmstate.checkpoint.disks import INTERNAL, OVERLAY, check_tag, stem
 from vmstate.errors import CannotDo, Damaged, Misfit, WrongUsage
-from vmstate.restore.once import Once
+from vmstate.restore.used_states import UsedStates
 
 
 def made(folder: Path, **changed: Any) -> manifest.Manifest:
@@ -101,14 +101,14 @@ def test_tags_that_are_none(tag: str) -> None:
 
 
 def test_a_state_of_which_a_guest_was_made(tmp_path: Path) -> None:
-    once = Once(str(tmp_path / "notes"))
-    once.require_new("a")
-    once.note("a")
-    once.require_new("b")
-    for refuse in (once.require_new, once.note):
+    used = UsedStates(str(tmp_path / "notes"))
+    used.require_new("a")
+    used.note("a")
+    used.require_new("b")
+    for refuse in (used.require_new, used.note):
         with pytest.raises(Misfit, match="was made of this state already"):
             refuse("a")
-    once.note("b")
+    used.note("b")
     assert [line.split()[0] for line in (tmp_path / "notes").read_text().splitlines()] == ["a", "b"]
     with pytest.raises(CannotDo, match="cannot write"):
-        Once(str(tmp_path / "no" / "notes")).note("a")
+        UsedStates(str(tmp_path / "no" / "notes")).note("a")

@@ -7,7 +7,7 @@ import time
 from ..errors import CannotDo, Misfit
 
 
-class Once:
+class UsedStates:
     """A file with a line for each state of which a guest was made: its identity, and when."""
 
     def __init__(self, path: str) -> None:

@@ -4,11 +4,10 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from qmp_server import QmpServer
 from vm import until
 from vmstate.dump import watchdog
 from vmstate.dump.watchdog import Guard
@@ -20,17 +19,6 @@ from vmstate.qemu.settings import SavedSettings, prepare
 from unit.qemu.fake_qemu import FakeQemu
 
 MOVE = "0123456789abcdef"
-
-
-@pytest.fixture
-def qemu() -> FakeQemu:
-    return FakeQemu()
-
-
-@pytest.fixture
-def path(work: Path, qemu: FakeQemu) -> Iterator[str]:
-    with QmpServer(work / "qmp", qemu) as server:
-        yield server.path
 
 
 def begun(path: str, *, stopped: bool = False, mark: bool = False) -> SavedSettings:

@@ -2,10 +2,8 @@
 
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from qmp_server import QmpServer
 from vmstate.errors import CannotDo, GuestGone, InDoubt, Refused, WrongUsage
 from vmstate.qemu import markers, outgoing
 from vmstate.qemu.monitor import Monitor
@@ -22,12 +20,6 @@ def qemu(monkeypatch: pytest.MonkeyPatch) -> FakeQemu:
     fake = FakeQemu()
     fake.version = (7, 2)
     return fake
-
-
-@pytest.fixture
-def path(work: Path, qemu: FakeQemu) -> Iterator[str]:
-    with QmpServer(work / "qmp", qemu) as server:
-        yield server.path
 
 
 @pytest.fixture

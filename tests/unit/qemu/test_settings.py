@@ -1,11 +1,8 @@
 """Migration settings are put back whatever dies, by whom they belong to, and by nobody else."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from qmp_server import QmpServer
 from vmstate.errors import GuestGone, Refused
 from vmstate.qemu import markers
 from vmstate.qemu.monitor import Monitor
@@ -16,17 +13,6 @@ from unit.qemu.fake_qemu import FakeQemu
 
 ON = ("return-path",)
 WANTED: dict[str, Any] = {"max-bandwidth": 0, "downtime-limit": 20}
-
-
-@pytest.fixture
-def qemu() -> FakeQemu:
-    return FakeQemu()
-
-
-@pytest.fixture
-def path(work: Path, qemu: FakeQemu) -> Iterator[str]:
-    with QmpServer(work / "qmp", qemu) as server:
-        yield server.path
 
 
 def begin(path: str, *, stopped: bool = False) -> SavedSettings:

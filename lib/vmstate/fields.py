@@ -39,6 +39,16 @@ class Fields:
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
+    def get(self, name: str) -> object:
+        """As it came; None where there is none."""
+        return self._values.get(name)
+
+    def only(self, names: tuple[str, ...]) -> None:
+        """A field of another name is wrong."""
+        for name in self._values:
+            if name not in names:
+                raise self.error(name, "none of that name")
+
     def raw(self) -> dict[str, Any]:
         """As it came."""
         return self._values
@@ -54,6 +64,13 @@ class Fields:
             raise self.error(name, f"at most {most} letters")
         if pattern and not re.fullmatch(pattern, value):
             raise self.error(name, f"a text like {pattern}")
+        return value
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """One of some texts."""
+        value = self.text(name)
+        if value not in choices:
+            raise self.error(name, " or ".join(f"'{choice}'" for choice in choices))
         return value
 
     def whole(self, name: str, default: T | _Required = REQUIRED, *, low: int = 0, high: int = MOST) -> int | T:
@@ -99,6 +116,13 @@ class Fields:
         found = self._list(name, most)
         if not all(isinstance(value, str) and len(value) <= longest for value in found):
             raise self.error(name, f"a list of texts of at most {longest} letters")
+        return found
+
+    def wholes(self, name: str, *, most: int = MANY, low: int = 0, high: int = MOST) -> list[int]:
+        """A list of whole numbers; an empty one where there is none."""
+        found = self._list(name, most)
+        if not all(type(value) is int and low <= value <= high for value in found):
+            raise self.error(name, f"a list of numbers from {low} to {high}")
         return found
 
     def error(self, name: str, expected: str) -> VmstateError:

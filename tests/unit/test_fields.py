@@ -25,8 +25,10 @@ def test_what_is_right_comes_back() -> None:
     )
     assert (fields.text("t"), fields.whole("n"), fields.flag("f"), fields.number("r")) == ("a", 3, True, 1.5)
     assert fields.inner("i").whole("n") == 1
+    assert fields.choice("t", ("b", "a")) == "a"
     assert [one.whole("n") for one in fields.objects("l")] == [2]
     assert fields.texts("s") == ["a", "b"]
+    assert Fields({"w": [1, 2]}, "an answer").wholes("w") == [1, 2]
     assert "t" in fields
     assert "z" not in fields
 
@@ -46,6 +48,7 @@ def test_what_is_not_there_has_its_default() -> None:
         (lambda f: f.text("x"), 3, "expected a text, found 3"),
         (lambda f: f.text("x", most=2), "abc", "expected at most 2 letters, found 'abc'"),
         (lambda f: f.text("x", pattern="[0-9]+"), "a", "expected a text like [0-9]+, found 'a'"),
+        (lambda f: f.choice("x", ("a", "b")), "c", "expected 'a' or 'b', found 'c'"),
         (lambda f: f.whole("x"), True, "expected a whole number, found True"),
         (lambda f: f.whole("x"), 1.0, "expected a whole number, found 1.0"),
         (lambda f: f.whole("x"), -1, "expected a number from 0 to 9223372036854775807, found -1"),
@@ -58,6 +61,8 @@ def test_what_is_not_there_has_its_default() -> None:
         (lambda f: f.objects("x"), {}, "expected a list, found {}"),
         (lambda f: f.objects("x", most=1), [{}, {}], "expected at most 1 entries"),
         (lambda f: f.texts("x"), ["a", 1], "expected a list of texts"),
+        (lambda f: f.wholes("x"), [1, True], "expected a list of numbers from 0 to"),
+        (lambda f: f.wholes("x", high=9), [10], "expected a list of numbers from 0 to 9, found [10]"),
         (lambda f: f.texts("x", longest=2), ["abc"], "expected a list of texts of at most 2 letters"),
     ],
 )
@@ -94,7 +99,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 
 @given(ANYTHING)
 def test_whatever_comes_is_read_or_refused(value: Any) -> None:
-    for kind in ("text", "whole", "flag", "number", "inner", "objects", "texts"):
+    for kind in ("text", "whole", "flag", "number", "inner", "objects", "texts", "wholes"):
         try:
             getattr(of(value), kind)("x")
         except VmstateError as error:

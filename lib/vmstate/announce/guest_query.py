@@ -1,10 +1,10 @@
 """What a guest's QEMU, and the agent in the guest, tell of its cards; and to have QEMU announce them itself."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import CannotDo, Refused
 from ..net.nic import Nic, announceable
-from ..qemu import control, guest_agent, state
+from ..qemu import answers, control, guest_agent, state
 from ..qemu.monitor import Monitor
 from ..qemu.nics import from_info_network
 
@@ -31,13 +31,12 @@ def ask(path: str) -> Told:
     """One conversation with the monitor at `path`, one with the agent if there is one; CannotDo."""
     with Monitor(path) as monitor:
         state = _require_here(monitor, path)
-        filters = _filters(monitor)
-        nics = from_info_network(monitor.human("info network"), monitor.pid(), filters)
+        filters = answers.rx_filters(monitor)
+        nics = from_info_network(answers.human(monitor, "info network"), monitor.pid(), filters)
         place = guest_agent.path_of(monitor)
     addresses, silent = _of_agent(place) if place else ({}, "the guest has no port for an agent")
-    macs = {str(entry.get("main-mac")).lower(): entry for entry in filters}
-    further = {mac: unicast(entry) for mac, entry in macs.items()}
-    return Told(nics, further, {mac: vlans(entry) for mac, entry in macs.items()}, addresses, silent, state)
+    further = {entry.mac: unicast(entry) for entry in filters}
+    return Told(nics, further, {entry.mac: vlans(entry) for entry in filters}, addresses, silent, state)
 
 
 def _require_here(monitor: Monitor, path: str) -> str:
@@ -48,26 +47,14 @@ def _require_here(monitor: Monitor, path: str) -> str:
     return guest_state.run
 
 
-def _filters(monitor: Monitor) -> list[dict[str, Any]]:
-    try:
-        return list(monitor.ask("query-rx-filter"))
-    except Refused:
-        # No card of this guest has one.
-        return []
+def unicast(entry: answers.RxFilter) -> tuple[str, ...]:
+    """The further addresses of a card."""
+    return tuple(mac for mac in dict.fromkeys(entry.unicast) if mac != entry.mac)
 
 
-def unicast(entry: dict[str, Any]) -> tuple[str, ...]:
-    """The further addresses of a card, from its entry of `query-rx-filter`."""
-    main = str(entry.get("main-mac")).lower()
-    found = dict.fromkeys(str(mac).lower() for mac in entry.get("unicast-table", ()))
-    return tuple(mac for mac in found if mac != main)
-
-
-def vlans(entry: dict[str, Any]) -> tuple[int, ...]:
+def vlans(entry: answers.RxFilter) -> tuple[int, ...]:
     """The VLANs that a card listens to beside untagged frames; none where it does not say which."""
-    # 'normal' is said of a card that filters by its table.
-    table = entry.get("vlan-table", ()) if entry.get("vlan") == "normal" else ()
-    found = sorted({int(vlan) for vlan in table} - {0})
+    found = sorted(set(entry.vlans or ()) - {0})
     return tuple(found) if len(found) <= MOST_VLANS else ()
 
 

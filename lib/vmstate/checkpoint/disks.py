@@ -9,12 +9,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CannotDo, Refused, WrongUsage
+from ..qemu.blocks import Image, block_devices, block_jobs, opened_files
 from ..qemu.inventory import RAW, innermost
 from ..qemu.monitor import Monitor
 from ..qemu.state import wait_for, with_retry
@@ -22,6 +22,7 @@ from .qemu_img import create_overlay, run_qemu_img
 
 OVERLAY, INTERNAL = "overlay", "internal"
 MODES = (OVERLAY, INTERNAL)
+TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 ANOTHER = "choose another tag, or take that one away"
 
 
@@ -51,7 +52,7 @@ class Disk:
 
 def check_tag(tag: str) -> str:
     """The tag; WrongUsage where it cannot be a part of a file's name and the name of a snapshot."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", tag):
+    if not re.fullmatch(TAG, tag):
         raise WrongUsage(f"--disks: '{tag}' cannot be a tag", "letters, digits, '_', '.' and '-'")
     return tag
 
@@ -59,30 +60,26 @@ def check_tag(tag: str) -> str:
 def writable(monitor: Monitor, path: str) -> list[Disk]:
     """The disks into which the guest can write; CannotDo where one is no file."""
     found: list[Disk] = []
-    for entry in monitor.ask("query-block"):
-        inserted = entry.get("inserted")
-        if not inserted or inserted["ro"]:
+    for entry in block_devices(monitor):
+        medium = entry.writable
+        if not medium:
             continue
-        name = entry["device"] or entry.get("qdev") or inserted["node-name"]
-        chain = tuple(_file(monitor, layer, path, name) for layer in _layers(inserted["image"]))
+        name, image = entry.device or entry.qdev or medium.node, medium.image
+        chain = tuple(_file(monitor, layer, path, name) for layer in _layers(image))
         if re.fullmatch(r"vl\.\w{6}", os.path.basename(chain[0])):
             text = f"the disk '{name}' of the guest at {path} was opened with -snapshot: its writes are in no file"
             raise CannotDo(text, "start the guest without -snapshot")
-        kind = "raw" if inserted["drv"] in RAW else inserted["drv"]
+        kind = "raw" if medium.driver in RAW else medium.driver
         if kind not in ("raw", "qcow2"):
             text = f"the disk '{name}' of the guest at {path} is {kind}: no way back to it is known"
             raise CannotDo(text, "raw and qcow2 images can be frozen")
-        size = inserted["image"]["virtual-size"]
-        names = tuple(snapshot["name"] for snapshot in inserted["image"].get("snapshots", ()))
-        known = innermost(inserted["image"]["filename"])
-        found.append(Disk(entry["device"], inserted["node-name"], kind, size, chain, snapshots=names, known=known))
+        known = innermost(image.name)
+        found.append(Disk(entry.device, medium.node, kind, image.size, chain, snapshots=image.snapshots, known=known))
     return found
 
 
-def _layers(image: dict[str, Any]) -> Iterator[str]:
-    while image:
-        yield innermost(image["filename"])
-        image = image.get("backing-image", {})
+def _layers(image: Image) -> list[str]:
+    return [innermost(name) for name in (image.name, *image.below)]
 
 
 def _is_file(name: str) -> bool:
@@ -192,8 +189,7 @@ class PointInTime:
 
 def _require_unused(path: str, overlay: str) -> None:
     """CannotDo where the overlay holds something, or the guest has it open: it is all that has what was written."""
-    nodes = with_retry(path, lambda monitor: monitor.ask("query-named-block-nodes"))
-    opened = any(os.path.basename(overlay) in str(node.get("file")) for node in nodes)
+    opened = any(os.path.basename(overlay) in name for name in with_retry(path, opened_files))
     alone = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": overlay}}
     found = "" if opened else run_qemu_img("map", "--output=json", f"json:{json.dumps(alone)}")
     if opened or any(part.get("present") for part in json.loads(found)):
@@ -238,36 +234,37 @@ def merge(path: str, overlay: str, image: str) -> bool:
 def over(path: str, image: str) -> str:
     """The overlay into which the guest at `path` writes right above an image; '' where it does not."""
     found = with_retry(path, lambda monitor: _over(monitor, "", image))
-    return str(found["overlay"]) if found else ""
+    return found.overlay if found else ""
 
 
-def _over(monitor: Monitor, overlay: str, image: str) -> dict[str, Any] | None:
-    """What QEMU says of the disk that is written into `overlay` (where that is '': whatever it is), over `image`."""
-    for entry in monitor.ask("query-block"):
-        inserted = entry.get("inserted")
-        if inserted and not inserted["ro"]:
-            names = list(_layers(inserted["image"]))[:2]
-            files = [_file(monitor, name, "", "") for name in names if _is_file(name)]
+class _Upper(NamedTuple):
+    """A disk that is written into `overlay`, right above an image that QEMU calls `below`; name: QEMU's of the disk."""
+
+    name: str
+    overlay: str
+    below: str
+
+
+def _over(monitor: Monitor, overlay: str, image: str) -> _Upper | None:
+    """The disk that is written into `overlay` (where that is '': whatever it is), over `image`."""
+    for entry in block_devices(monitor):
+        if medium := entry.writable:
+            files = [_file(monitor, name, "", "") for name in _layers(medium.image)[:2] if _is_file(name)]
             if len(files) == 2 and files[1] == image and overlay in ("", files[0]):
-                return {**entry, "overlay": files[0]}
+                return _Upper(entry.device or medium.node, files[0], medium.image.below[0])
     return None
 
 
 def _begin(monitor: Monitor, overlay: str, image: str, job: str) -> bool:
     found = _over(monitor, overlay, image)
-    begun = any(running["device"] == job for running in monitor.ask("query-block-jobs"))
-    if found and not begun:
-        inserted = found["inserted"]
-        below = inserted["image"]["backing-image"]["filename"]
-        monitor.ask("block-commit", job_id=job, device=found["device"] or inserted["node-name"], base=below)
+    if found and job not in block_jobs(monitor):
+        monitor.ask("block-commit", job_id=job, device=found.name, base=found.below)
     return found is not None
 
 
 def _advance(monitor: Monitor, job: str) -> bool:
     """Whether the job is there; one that has copied everything is told to end."""
-    for found in monitor.ask("query-block-jobs"):
-        if found["device"] == job:
-            if found["status"] == "ready":
-                monitor.ask("block-job-complete", device=job)
-            return True
-    return False
+    status = block_jobs(monitor).get(job)
+    if status == "ready":
+        monitor.ask("block-job-complete", device=job)
+    return status is not None

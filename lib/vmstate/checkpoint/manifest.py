@@ -7,13 +7,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CannotDo, Damaged, Misfit
+from ..fields import Fields
 from ..io.descriptors import write_all
 from ..io.output import Output
+from ..qemu import answers
 from ..qemu.monitor import Monitor
 from ..qemu.nics import from_info_network
 from . import disks
 
 KIND, VERSION = "vmstate manifest", 1
+# Of the text
+LONGEST = 4 << 20
+ABSOLUTE = "/[^\\0]*"
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,14 @@ def entries(point: disks.PointInTime, goes_on: bool) -> list[Entry]:
 def of_guest(monitor: Monitor) -> dict[str, Any]:
     """What a manifest says of a guest and its QEMU."""
     pid = monitor.pid()
-    version = monitor.ask("query-version")["qemu"]
-    cards = from_info_network(monitor.human("info network"), pid, [])
+    cards = from_info_network(answers.human(monitor, "info network"), pid, [])
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             command = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
     except OSError:
         command = []
     return {
-        "qemu": ".".join(str(version[part]) for part in ("major", "minor", "micro")),
+        "qemu": ".".join(map(str, answers.version(monitor))),
         "command": command,
         "nics": [{"mac": card.mac, "iface": card.iface, "addresses": list(card.addresses)} for card in cards],
     }
@@ -94,30 +98,53 @@ def read(path: str) -> Manifest:
     """CannotDo where it cannot be read, Damaged where it is none."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        kind, version = found.pop("kind"), found.pop("version")
-        if kind != KIND:
-            raise ValueError(f"its kind is {kind!r}, expected {KIND!r}")
-        if version != VERSION:
-            raise CannotDo(f"{path} is a manifest of version {version}; this is known up to {VERSION}")
-        entries = [Entry(**entry) for entry in found.pop("disks")]
-        manifest = Manifest(disks=entries, **found)
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ValueError(f"it has more than {LONGEST} letters")
+        values = json.loads(text)
     except OSError as error:
         raise CannotDo(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is no manifest of a checkpoint: {error}") from error
-    _check(path, manifest)
-    return manifest
+    return _manifest(Fields(values, f"{path} is no manifest of a checkpoint", Damaged), path)
 
 
-def _check(path: str, manifest: Manifest) -> None:
-    kinds = {name: type_ for name, type_ in Entry.__annotations__.items() if type_ in (str, int)}
-    for entry in manifest.disks:
-        wrong = [name for name, type_ in kinds.items() if not isinstance(getattr(entry, name), type_)]
-        if wrong or not os.path.isabs(entry.image):
-            raise Damaged(f"{path} is no manifest of a checkpoint: {wrong or entry.image} of a disk")
-    if manifest.mode not in disks.MODES or not isinstance(manifest.tag, str):
-        raise Damaged(f"{path} is no manifest of a checkpoint: mode {manifest.mode!r}, tag {manifest.tag!r}")
+def _manifest(found: Fields, path: str) -> Manifest:
+    found.choice("kind", (KIND,))
+    if (version := found.whole("version")) != VERSION:
+        raise CannotDo(f"{path} is a manifest of version {version}; this is known up to {VERSION}")
+    found.only(("kind", "version", *Manifest.__annotations__))
+    return Manifest(
+        tag=found.text("tag", pattern=disks.TAG),
+        mode=found.choice("mode", disks.MODES),
+        identity=found.text("identity"),
+        run=found.flag("run"),
+        machine=found.text("machine"),
+        qemu=found.text("qemu"),
+        command=found.texts("command", longest=LONGEST),
+        nics=[entry.raw() for entry in found.objects("nics")],
+        disks=[_entry(entry) for entry in found.objects("disks")],
+        state=None if found.get("state") is None else found.text("state"),
+        made=found.number("made", 0.0),
+    )
+
+
+def _entry(found: Fields) -> Entry:
+    found.only(tuple(Entry.__annotations__))
+    chain = found.texts("chain")
+    if not all(os.path.isabs(name) for name in chain):
+        raise found.error("chain", "absolute paths")
+    return Entry(
+        device=found.text("device"),
+        node=found.text("node"),
+        format=found.choice("format", ("raw", "qcow2")),
+        size=found.whole("size"),
+        image=found.text("image", pattern=ABSOLUTE),
+        chain=chain,
+        overlay=found.text("overlay", pattern=f"|{ABSOLUTE}"),
+        bytes=found.whole("bytes"),
+        written=found.number("written"),
+    )
 
 
 def require_unwritten(entry: Entry, mode: str, discard: bool) -> None:

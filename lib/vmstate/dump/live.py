@@ -90,14 +90,14 @@ class Dump:
         """QEMU completes, and the guest becomes what was wished."""
         path = self._plan.path
         try:
-            info = self._migration.completed().info
+            downtime = self._migration.completed().downtime
         except VmstateError as error:
             self._guard.leave()
             raise InDoubt(
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
         self._leave_guard()
-        return self._outcome(state, info, control.finish(path, self._plan.after))
+        return self._outcome(state, downtime, control.finish(path, self._plan.after))
 
     def _find_disks(self) -> "Checkpoint | None":
         if not self._plan.disks:
@@ -205,7 +205,7 @@ class Dump:
         hints = error.hints if isinstance(error, VmstateError) else ()
         return CannotDo(f"{text}; the guest {words_of(guest_state.run)}", *hints)
 
-    def _outcome(self, saved: State, info: dict[str, Any], state: str) -> dict[str, Any]:
+    def _outcome(self, saved: State, downtime: float | None, state: str) -> dict[str, Any]:
         return {
             "guest": self._plan.path,
             "state": state,
@@ -214,7 +214,7 @@ class Dump:
             "bytes": self._outgoing.sent,
             "devices": len(saved.parts),
             "seconds": round(time.monotonic() - self._started, 3),
-            "downtime_ms": info.get("downtime"),
+            "downtime_ms": downtime,
         }
 
 

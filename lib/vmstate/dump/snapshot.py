@@ -81,7 +81,7 @@ class Snapshot(Dump):
             with_retry(self._plan.path, self._migration.saved.put_back)
         self._leave_guard()
         after = query_once(self._plan.path)
-        outcome = {**self._outcome(state, {}, after.run), "downtime_ms": self._pause}
+        outcome = self._outcome(state, self._pause, after.run)
         # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
         hugepages.make_whole(pid, huge)
         return outcome

@@ -16,7 +16,7 @@ from typing import Any
 
 import gnupg
 
-from ..errors import CannotDo
+from ..errors import CannotDo, Damaged
 from ..io.descriptors import BLOCK, EVEN, HOLD, SPLICE_F_NONBLOCK, channel, enlarge, kind, memory, write_all
 from ..io.holdback import Place
 from ..io.readers import FdReader
@@ -24,6 +24,13 @@ from .passphrase import Passphrase
 
 # gpg writes 8 KiB at a time; who waits for each of them wakes up a hundred times as often as needed.
 NAP = 0.0005
+# How many fields a status line has at least, of those that are looked at (GnuPG's doc/DETAILS)
+LEAST = {
+    **dict.fromkeys(("GOODSIG", "EXPSIG", "EXPKEYSIG", "REVKEYSIG", "BADSIG", "INV_RECP", "NO_SECKEY"), 1),
+    **dict.fromkeys(("ERROR", "FAILURE", "BEGIN_ENCRYPTION", "DECRYPTION_INFO"), 2),
+    "ERRSIG": 6,
+    "VALIDSIG": 9,
+}
 
 
 def _english() -> dict[str, str]:
@@ -58,6 +65,9 @@ class Verdict:
         gpg.verdict = self
 
     def handle_status(self, key: str, value: str) -> None:
+        if len(value.split()) < LEAST.get(key, 0):
+            text = f"gpg's status line '{key} {value}': expected at least {LEAST[key]} fields"
+            return self._gpg.fail(Damaged(text))
         self.said.append((key, value))
         if key == "BEGIN_ENCRYPTION" and not any(field != "0" for field in value.split()[0:3:2]):
             self._gpg.fail(
@@ -66,6 +76,7 @@ class Verdict:
                     "is there a line 'rfc2440' in gpg.conf or among the settings of the key",
                 )
             )
+        return None
 
     def values(self, key: str) -> list[str]:
         return [value for name, value in self.said if name == key]

@@ -128,11 +128,11 @@ class Move:
         no_more_signals()
         path = self._plan.path
         try:
-            info = self._migration.completed().info
+            after = self._migration.completed()
         except VmstateError as error:
             raise InDoubt(f"the guest has arrived, but is not settled here: {error}", f"vm-status {path}") from error
         self._end_guard()
-        return self._outcome(info, control.finish(path, self._plan.after))
+        return self._outcome(after, control.finish(path, self._plan.after))
 
     def _end_guard(self) -> None:
         assert self._guard
@@ -165,7 +165,7 @@ class Move:
             raise CannotDo(f"the guest was not moved: {reason}")
 
     def _sample(self) -> Sample | None:
-        return sample_of(self._guest_state.info) if self._guest_state and self._guest_state.moving else None
+        return sample_of(self._guest_state) if self._guest_state and self._guest_state.moving else None
 
     def _put_back(self, error: BaseException) -> BaseException:
         no_more_signals()
@@ -196,16 +196,15 @@ class Move:
             with contextlib.suppress(CannotDo):
                 control.cancel(path)
 
-    def _outcome(self, info: dict[str, Any], state: str) -> dict[str, Any]:
-        ram = info.get("ram", {})
+    def _outcome(self, after: GuestState, state: str) -> dict[str, Any]:
         return {
             "guest": self._plan.path,
             "state": state,
             "uri": self._plan.target.uri,
-            "bytes": ram.get("transferred"),
-            "rounds": ram.get("dirty-sync-count"),
+            "bytes": after.ram.transferred if after.ram else None,
+            "rounds": after.ram.round if after.ram else None,
             "seconds": round(time.monotonic() - self._started, 3),
-            "downtime_ms": info.get("downtime"),
+            "downtime_ms": after.downtime,
         }
 
 
@@ -213,7 +212,7 @@ def too_long(plan: MigratePlan, guest_state: GuestState, started: float) -> str 
     """Which limit of the plan a move has passed that began at `started`; none in its last step."""
     if guest_state.run == "finish-migrate" or not guest_state.moving:
         return None
-    now = guest_state.info.get("ram", {}).get("dirty-sync-count", 0)
+    now = guest_state.ram.round if guest_state.ram else 0
     if plan.timeout is not None and time.monotonic() - started > plan.timeout:
         return f"the move was not over in {plan.timeout:g} s, in round {now}"
     if plan.rounds is not None and now > plan.rounds:

@@ -76,7 +76,7 @@ class Watch:
 
     def _raise_pause(self, monitor: Monitor, guest_state: GuestState) -> None:
         """Twice as long for each round that it did not suffice for."""
-        now = guest_state.info.get("ram", {}).get("dirty-sync-count", 0)
+        now = guest_state.ram.round if guest_state.ram else 0
         # The first round has all of the memory, and says nothing.
         if not guest_state.moving or self._pause >= self._most or now <= max(self._round, 2):
             return

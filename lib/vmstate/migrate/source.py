@@ -19,7 +19,7 @@ from ..progress import Progress
 from ..qemu import control, markers, outgoing, settings
 from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Monitor
-from ..qemu.state import query, query_once, with_retry
+from ..qemu.state import GuestState, query, query_once, with_retry
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals, step_back
 from . import decision, filters, link, preflight, recover, remote
@@ -387,12 +387,12 @@ class OutgoingHandover:
         return None
 
     def _outcome(self, state: str) -> dict[str, Any]:
-        path, info, here = self._plan.path, {}, "gone"
+        path, after, here = self._plan.path, None, "gone"
         assert self._outgoing and self._peer
         seconds = round(time.monotonic() - self._started, 3)
         # The guest has arrived, whatever becomes of this.
         with contextlib.suppress(VmstateError):
-            info = with_retry(path, self._after_all)
+            after = with_retry(path, self._after_all)
         self._end_guard()
         with contextlib.suppress(GuestGone):
             here = control.finish(path, self._plan.after)
@@ -403,12 +403,12 @@ class OutgoingHandover:
             "there": state,
             "uri": self._plan.target.uri,
             "bytes": self._outgoing.sent,
-            "rounds": info.get("ram", {}).get("dirty-sync-count"),
+            "rounds": after.ram.round if after and after.ram else None,
             "seconds": seconds,
-            "downtime_ms": info.get("downtime"),
+            "downtime_ms": after.downtime if after else None,
         }
 
-    def _after_all(self, monitor: Monitor) -> dict[str, Any]:
+    def _after_all(self, monitor: Monitor) -> GuestState:
         decision.heard(monitor, self._move)
         self._migration.saved.put_back(monitor)
-        return query(monitor).info
+        return query(monitor)

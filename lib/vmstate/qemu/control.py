@@ -3,7 +3,7 @@
 import contextlib
 
 from ..errors import CannotDo, GuestGone, InDoubt, Refused, VmstateError
-from . import markers, userfault
+from . import answers, markers, userfault
 from .monitor import Monitor, StandsStill
 from .settings import ANNOUNCE, SNAPSHOT, clear_leftovers, left_behind
 from .state import RUNS, GuestState, lost_its_snapshot, query, wait_for, with_retry
@@ -27,7 +27,8 @@ def cancel(path: str) -> GuestState:
             raise CannotDo(f"the guest at {path} is the one that takes a state", hint)
         if not guest_state.moving:
             raise CannotDo(f"the guest at {path} is not migrating ({guest_state.migration})", f"vm-status {path}")
-        if any(c["state"] and c["capability"] in SNAPSHOT for c in monitor.ask("query-migrate-capabilities")):
+        on = answers.capabilities(monitor)
+        if any(on.get(name) for name in SNAPSHOT):
             hint = "end the vm-dump that makes it, which lets QEMU come to its end"
             raise CannotDo(f"a snapshot of the guest at {path} is not cancelled: it may not survive that", hint)
         if guest_state.migration.startswith("postcopy"):
@@ -104,7 +105,7 @@ def announce(monitor: Monitor, rhythm: dict[str, int] | None = None) -> None:
 
 def rhythm_of(monitor: Monitor) -> dict[str, int]:
     """The rhythm of its parameters; for a guest that is being restored, as they were before."""
-    had = monitor.ask("query-migrate-parameters")
+    had = answers.parameters(monitor)
     if left := left_behind(monitor):
         had = {**had, **left.parameters}
     values = {name: had.get(f"announce-{name}", ANNOUNCE[name]) for name in ANNOUNCE}

@@ -1,8 +1,5 @@
 """Names of the features of an x86 CPU, as QEMU has them in `-cpu`, by CPUID leaf, register and bit."""
 
-from collections.abc import Iterable
-from typing import Any
-
 # One name for each bit from 0 on; '-' for none.
 _NAMES = {
     "00000001 EDX": "fpu vme de pse tsc msr pae mce cx8 apic - sep mtrr pge mca cmov pat pse36 pn clflush - ds acpi "
@@ -44,17 +41,6 @@ _LEFT_OUT = {
     "0000000D.0 EAX": ~0,
     "0000000D.0 EDX": ~0,
 }
-
-
-def words(answer: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Bits in effect by leaf and register, from the property `feature-words` of a CPU."""
-    found = {}
-    for word in answer:
-        leaf = f"{word['cpuid-input-eax']:08X}"
-        if "cpuid-input-ecx" in word:
-            leaf += f".{word['cpuid-input-ecx']}"
-        found[f"{leaf} {word['cpuid-register']}"] = int(word["features"])
-    return {name: bits for name, bits in sorted(found.items()) if bits}
 
 
 def lacking(want: dict[str, int], have: dict[str, int]) -> list[str]:

@@ -18,7 +18,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ..deadline import Deadline
 from ..errors import CannotDo
+from ..fields import Fields, objects_of
+from . import answers
 from .monitor import Monitor
 
 PORT = "org.qemu.guest_agent.0"
@@ -33,10 +36,10 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 def path_of(monitor: Monitor) -> str | None:
     """The UNIX socket of a guest's agent; None where the guest has no port for one, or it leads elsewhere."""
-    files = {found["label"]: found["filename"] for found in monitor.ask("query-chardev")}
+    files = answers.chardevs(monitor)
     for place in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"):
-        for child in monitor.ask("qom-list", path=place):
-            label = _label(monitor, place, child["name"], child["type"])
+        for child in answers.children(monitor, place):
+            label = _label(monitor, place, child.name, child.type)
             if label and (found := _SOCKET.fullmatch(files.get(label, ""))):
                 return _absolute(found[1], monitor)
     return None
@@ -47,10 +50,10 @@ def _label(monitor: Monitor, place: str, name: str, kind: str) -> str | None:
     if kind not in ("child<virtserialport>", "child<isa-serial>"):
         return None
     path = f"{place}/{name}"
-    label = str(monitor.ask("qom-get", path=path, property="chardev"))
+    label = answers.qom_text(monitor, path, "chardev")
     if kind == "child<isa-serial>":
         return label if {label, name} & set(SERIAL) else None
-    return label if monitor.ask("qom-get", path=path, property="name") == PORT else None
+    return label if answers.qom_text(monitor, path, "name") == PORT else None
 
 
 def _absolute(path: str, monitor: Monitor) -> str:
@@ -69,12 +72,12 @@ class Agent:
     def __init__(self, path: str, patience: float = PATIENCE) -> None:
         self._path = path
         self._patience = patience
-        self._give_up = 0.0
+        self._deadline = Deadline(patience)
         self._received = b""
         self._socket = socket.socket(socket.AF_UNIX)
 
     def __enter__(self) -> "Agent":
-        self._give_up = time.monotonic() + self._patience
+        self._deadline = Deadline(self._patience)
         try:
             self._connect()
             self._sync()
@@ -132,10 +135,9 @@ class Agent:
     @contextlib.contextmanager
     def _in_time(self) -> Iterator[None]:
         try:
-            left = self._give_up - time.monotonic()
-            if left <= 0:
+            if self._deadline.over:
                 raise TimeoutError
-            self._socket.settimeout(left)
+            self._socket.settimeout(self._deadline.left)
             yield
         except TimeoutError as error:
             text = f"the agent at {self._path} does not answer within {self._patience:g} s"
@@ -170,10 +172,7 @@ def time_of(path: str, patience: float = PATIENCE) -> int:
 
 
 def _time(agent: Agent) -> int:
-    now = agent.ask("guest-get-time")
-    if not isinstance(now, int):
-        raise CannotDo(f"the agent tells a time that is none: {ascii(now):.200}")
-    return now
+    return Fields({"return": agent.ask("guest-get-time")}, "the agent's answer to 'guest-get-time'").whole("return")
 
 
 def addresses(path: str, patience: float = PATIENCE) -> dict[str, list[str]]:
@@ -181,16 +180,19 @@ def addresses(path: str, patience: float = PATIENCE) -> dict[str, list[str]]:
     with Agent(path, patience) as agent:
         answer = agent.ask("guest-network-get-interfaces")
     known: dict[str, dict[str, None]] = {}
-    for card in _objects(answer):
-        mac = str(card.get("hardware-address")).lower()
+    for card in objects_of(answer, f"the agent at {path}"):
+        # Those of another kind of network have no MAC, or a longer one.
+        mac = card.text("hardware-address", "").lower()
         if _MAC.fullmatch(mac) and mac != "00:00:00:00:00:00":
             mine = known.setdefault(mac, {})
-            for entry in _objects(card.get("ip-addresses")):
-                with contextlib.suppress(ValueError):
-                    address = ipaddress.ip_address(str(entry.get("ip-address")))
-                    mine.update({} if address.is_loopback else {str(address): None})
+            for entry in card.objects("ip-addresses"):
+                address = _address(entry)
+                mine.update({} if address.is_loopback else {str(address): None})
     return {mac: list(mine) for mac, mine in known.items()}
 
 
-def _objects(answer: object) -> list[dict[str, Any]]:
-    return [entry for entry in answer if isinstance(entry, dict)] if isinstance(answer, list) else []
+def _address(entry: Fields) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        return ipaddress.ip_address(entry.text("ip-address"))
+    except ValueError:
+        raise entry.error("ip-address", "an IP address") from None

@@ -12,8 +12,9 @@ import ctypes
 import fcntl
 import os
 import struct
-import time
 from collections.abc import Iterator
+
+from ..deadline import Deadline
 
 # linux/fs.h: the number, struct pm_scan_arg, struct page_region, and three of its categories
 PAGEMAP_SCAN = 0xC0606610
@@ -43,7 +44,7 @@ def make_whole(pid: int, ranges: list[Range]) -> None:
 
     Only where each small page is there: no memory is taken for zeros, or for what was given back.
     """
-    libc, give_up = ctypes.CDLL(None), time.monotonic() + LONG
+    libc, deadline = ctypes.CDLL(None), Deadline(LONG)
     with (
         contextlib.suppress(OSError, ValueError),
         open(SIZE) as words,
@@ -57,7 +58,7 @@ def make_whole(pid: int, ranges: list[Range]) -> None:
                     # One that fails, for want of memory or since it is gone, is left as it is.
                     part = struct.pack("@PN", at, size)
                     libc.syscall(SYS_PROCESS_MADVISE, process.fileno(), part, 1, MADV_COLLAPSE, 0)
-                    if time.monotonic() > give_up:
+                    if deadline.over:
                         return
 
 

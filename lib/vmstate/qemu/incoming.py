@@ -2,12 +2,12 @@
 
 import contextlib
 import socket
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..deadline import Deadline
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Refused, VmstateError
-from . import markers
+from . import answers, markers
 from .control import announce, run_on
 from .monitor import Monitor
 from .outgoing import NAME
@@ -51,7 +51,7 @@ DEVICES = "start the guest with the same devices, at the same addresses, as its 
 
 def misfits(monitor: Monitor, path: str, machine: str, blocks: tuple[tuple[str, int], ...]) -> list[tuple[str, str]]:
     """What keeps the guest from taking a state of this machine type and these RAM blocks, each with a hint."""
-    own = monitor.ask("qom-get", path="/machine", property="type").removesuffix("-machine")
+    own = answers.machine(monitor)
     return differences(("the state", machine, blocks), (f"the guest at {path}", own, ram_blocks(monitor)))
 
 
@@ -143,12 +143,10 @@ class Waiting:
     @staticmethod
     def loaded_in(monitor: Monitor) -> None:
         """`loaded` within a conversation, for a guest that is about to be."""
-        give_up = time.monotonic() + 10
-        while not _is_over(guest_state := query(monitor)):
-            if time.monotonic() > give_up:
-                raise CannotDo("QEMU said that it had loaded the guest, and does not go on")
-            time.sleep(0.001)
-        _require_loaded(guest_state)
+        for _ in Deadline(10).tries(0.001):
+            if _is_over(guest_state := query(monitor)):
+                return _require_loaded(guest_state)
+        raise CannotDo("QEMU said that it had loaded the guest, and does not go on")
 
     def settle(self, run: bool) -> str:
         """Put back what was found and, with `run`, let the guest run; its run state.
@@ -189,15 +187,11 @@ class Waiting:
             self.saved.put_back(monitor)
             clear_leftovers(monitor)
 
-    def nic_facts(self) -> tuple[str, int, list[dict[str, Any]]]:
-        """`info network`, the process id of QEMU, and `query-rx-filter` of a guest."""
+    def nic_facts(self) -> tuple[str, int, list[answers.RxFilter]]:
+        """`info network`, the process id of QEMU, and what the cards of a guest take frames for."""
         with Monitor(self.path) as monitor:
-            try:
-                filters = monitor.ask("query-rx-filter")
-            except Refused:
-                # No card of this guest has one.
-                filters = []
-            return monitor.human("info network"), monitor.pid(), filters
+            filters = answers.rx_filters(monitor)
+            return answers.human(monitor, "info network"), monitor.pid(), filters
 
     def discard(self) -> None:
         """End a guest that has loaded what must not run, as QEMU does when it finds that itself."""

@@ -12,15 +12,18 @@ import re
 import shutil
 import stat
 import subprocess
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ..errors import Refused
 from ..net import nic
-from . import cpu_features, nics, qtree
+from . import answers, nics, qtree
+from .blocks import Medium, block_devices
 from .monitor import Monitor
-from .state import ram_blocks
+from .state import query, ram_blocks
 
 Facts = dict[str, Any]
+T = TypeVar("T")
 # The header of a qcow2 image, a table of partitions.
 HEAD = 64 << 10
 # Three names of one format.
@@ -30,29 +33,29 @@ _TEMPORARY = re.compile(r"vl\.\w{6}")
 
 def facts(monitor: Monitor) -> Facts:
     """What there is to compare of one guest, running or waiting, as JSON knows it; nothing is changed."""
-    vcpus = monitor.ask("query-cpus-fast")
-    version = monitor.ask("query-version")["qemu"]
+    vcpus = answers.vcpus(monitor)
     blocks = ram_blocks(monitor)
-    devices = qtree.devices(monitor.human("info qtree"))
+    devices = qtree.devices(answers.human(monitor, "info qtree"))
     return {
         "host": _host(),
-        "qemu": [version[part] for part in ("major", "minor", "micro")],
-        "machine": monitor.ask("qom-get", path="/machine", property="type").removesuffix("-machine"),
-        "kvm": bool(_ask(monitor, {}, "query-kvm").get("enabled")),
+        "qemu": list(answers.version(monitor)),
+        "machine": answers.machine(monitor),
+        "kvm": _or(False, answers.kvm, monitor),
         "ram": sum(used for used, _ in blocks.values()),
         "blocks": {name: list(sizes) for name, sizes in blocks.items()},
         "vcpus": len(vcpus),
-        "cpu": _cpu(monitor, vcpus[0]["qom-path"]) if vcpus else {},
+        "cpu": _cpu(monitor, vcpus[0]) if vcpus else {},
         "devices": devices + _without_bus(monitor, {device["type"] for device in devices}),
         "disks": _disks(monitor, {device["drive"]: device for device in devices if device["drive"]}),
-        "blocked": monitor.ask("query-migrate").get("blocked-reasons", []),
+        "blocked": list(query(monitor).blocked),
         "nics": _nics(monitor),
     }
 
 
-def _ask(monitor: Monitor, otherwise: Any, command: str, **arguments: Any) -> Any:
+def _or(otherwise: T, ask: Callable[..., T], *arguments: Any) -> T:
+    """What one asks for; something else where QEMU refuses that."""
     try:
-        return monitor.ask(command, **arguments)
+        return ask(*arguments)
     except Refused:
         return otherwise
 
@@ -65,17 +68,17 @@ def _host() -> str:
 
 
 def _cpu(monitor: Monitor, path: str) -> Facts:
-    words = _ask(monitor, None, "qom-get", path=path, property="feature-words")
-    found = {"type": _ask(monitor, "", "qom-get", path=path, property="type")}
-    return found if words is None else {**found, "features": cpu_features.words(words)}
+    words = _or(None, answers.feature_words, monitor, path)
+    found = {"type": _or("", answers.qom_text, monitor, path, "type")}
+    return found if words is None else {**found, "features": words}
 
 
 def _without_bus(monitor: Monitor, known: set[str]) -> list[dict[str, str]]:
     """Devices that are on no bus, such as memory that can be unplugged; vCPUs are counted elsewhere."""
     found = []
     for path in ("/machine/peripheral", "/machine/peripheral-anon"):
-        for child in _ask(monitor, [], "qom-list", path=path):
-            name = re.fullmatch(r"child<(.+)>", child["type"])
+        for child in _or(list[answers.Child](), answers.children, monitor, path):
+            name = re.fullmatch(r"child<(.+)>", child.type)
             if name and name[1] not in known and not name[1].endswith("-cpu"):
                 found.append({"type": name[1], "id": "", "bus": "", "at": "", "pci": "", "drive": ""})
     return found
@@ -83,33 +86,32 @@ def _without_bus(monitor: Monitor, known: set[str]) -> list[dict[str, str]]:
 
 def _disks(monitor: Monitor, users: dict[str, dict[str, str]]) -> list[Facts]:
     found = []
-    for disk in monitor.ask("query-block"):
-        inserted = disk.get("inserted")
-        node = (inserted or {}).get("node-name", "")
-        user = users.get(disk["device"]) or users.get(node) or {}
+    for disk in block_devices(monitor):
+        node = disk.medium.node if disk.medium else ""
+        user = users.get(disk.device) or users.get(node) or {}
         found.append(
             {
-                "device": disk["device"],
+                "device": disk.device,
                 # Names that QEMU has made up begin with '#'.
                 "node": "" if node.startswith("#") else node,
                 "at": user.get("at", ""),
                 "type": user.get("type", ""),
-                "removable": bool(disk.get("removable")),
-                "medium": _medium(inserted, monitor.pid()) if inserted else None,
+                "removable": disk.removable,
+                "medium": _medium(disk.medium, monitor.pid()) if disk.medium else None,
             }
         )
     return found
 
 
-def _medium(inserted: dict[str, Any], pid: int) -> Facts:
-    name = innermost(inserted["image"]["filename"])
+def _medium(medium: Medium, pid: int) -> Facts:
+    name = innermost(medium.image.name)
     path = _path(name, pid)
     file = _file(path) if path else None
     unseen = path is not None and file is None
     return {
-        "format": "raw" if inserted["drv"] in RAW else inserted["drv"],
-        "size": inserted["image"]["virtual-size"],
-        "ro": bool(inserted["ro"]),
+        "format": "raw" if medium.driver in RAW else medium.driver,
+        "size": medium.image.size,
+        "ro": medium.ro,
         "name": name,
         "file": file,
         "temporary": bool(file and file.pop("removed")) or (unseen and bool(_TEMPORARY.fullmatch(name.split("/")[-1]))),
@@ -180,8 +182,8 @@ def _worldwide(device: int) -> str | None:
 
 
 def _nics(monitor: Monitor) -> list[Facts]:
-    text = monitor.human("info network")
-    cards = nics.from_info_network(text, monitor.pid(), _ask(monitor, [], "query-rx-filter"))
+    text = answers.human(monitor, "info network")
+    cards = nics.from_info_network(text, monitor.pid(), answers.rx_filters(monitor))
     known = _addresses() if any(card.iface for card in cards) else {}
     return [{"mac": card.mac, "iface": card.iface, "subnets": _subnets(card.iface, known)} for card in cards]
 

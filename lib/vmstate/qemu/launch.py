@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from itertools import pairwise
 
+from ..deadline import Deadline
 from ..errors import CannotDo, VmstateError, WrongUsage
 from .monitor import Monitor
 
@@ -73,13 +73,12 @@ class Process:
 
     def wait_until_it_answers(self) -> None:
         """Return once its monitor can be reached; CannotDo with its words where it ends first."""
-        give_up = time.monotonic() + STARTS
-        while not _answers(self.path):
+        for _ in Deadline(STARTS).tries(0.01):
+            if _answers(self.path):
+                return
             if self._process.poll() is not None:
                 raise CannotDo(f"QEMU did not start: {self.words() or 'it said nothing'}")
-            if time.monotonic() > give_up:
-                raise CannotDo(f"QEMU's monitor {self.path} did not appear in {STARTS:.0f} s")
-            time.sleep(0.01)
+        raise CannotDo(f"QEMU's monitor {self.path} did not appear in {STARTS:.0f} s")
 
     def alive(self) -> bool:
         """False once it has ended; one that is about to is given half a second."""

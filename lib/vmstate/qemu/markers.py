@@ -9,6 +9,7 @@ import shlex
 from typing import Any
 
 from ..errors import InDoubt, Refused
+from . import answers
 from .monitor import Monitor
 
 # The guest was sent to another QEMU; once it is 'postmigrate' and 'completed', it is there.
@@ -41,13 +42,13 @@ def read(monitor: Monitor) -> Marks:
 
 
 def names(monitor: Monitor, of: tuple[str, ...] = ALL) -> list[str]:
-    found = {entry["name"] for entry in monitor.ask("qom-list", path="/objects")}
+    found = {child.name for child in answers.children(monitor, "/objects")}
     return [name for name in of if name in found]
 
 
 def facts(monitor: Monitor, name: str) -> dict[str, Any]:
     with contextlib.suppress(Refused, ValueError):
-        values = json.loads(monitor.ask("qom-get", path=f"/objects/{name}", property="data"))
+        values = json.loads(answers.qom_text(monitor, f"/objects/{name}", "data"))
         if isinstance(values, dict):
             return values
     return {}

@@ -17,30 +17,28 @@ def words_of(run: str) -> str:
 def sample(path: str) -> Sample | None:
     """How far the migration of the guest at `path` is; None where that is not known now."""
     try:
-        return sample_of(state.query_once(path, 0.4).info)
+        return sample_of(state.query_once(path, 0.4))
     except VmstateError:
         return None
 
 
-def sample_of(info: dict[str, Any]) -> Sample | None:
-    """What `query-migrate` says, as progress."""
-    ram = info.get("ram")
-    if not ram or "total" not in ram:
+def sample_of(guest_state: state.GuestState) -> Sample | None:
+    """How far its migration is, as progress; None where none has sent memory."""
+    ram = guest_state.ram
+    if ram is None:
         return None
-    rate = ram.get("mbps", 0.0) * 1e6 / 8
-    dirty = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
     facts = {
-        "status": info.get("status"),
-        "percent": round(100 * (ram["total"] - ram["remaining"]) / max(1, ram["total"]), 1),
-        "remaining": ram["remaining"],
-        "transferred": ram["transferred"],
-        "rate": int(rate),
-        "dirty_rate": int(dirty),
-        "round": ram.get("dirty-sync-count", 0),
-        "expected_downtime_ms": info.get("expected-downtime"),
-        "seconds_left": round(ram["remaining"] / rate, 3) if rate else None,
+        "status": guest_state.migration,
+        "percent": round(100 * (ram.total - ram.remaining) / max(1, ram.total), 1),
+        "remaining": ram.remaining,
+        "transferred": ram.transferred,
+        "rate": int(ram.rate),
+        "dirty_rate": ram.dirty_rate,
+        "round": ram.round,
+        "expected_downtime_ms": guest_state.expected_downtime,
+        "seconds_left": round(ram.remaining / ram.rate, 3) if ram.rate else None,
     }
-    return Sample(ram["total"] - ram["remaining"], ram["total"], facts, _words_of_sample(facts))
+    return Sample(ram.total - ram.remaining, ram.total, facts, _words_of_sample(facts))
 
 
 def _words_of_sample(facts: dict[str, Any]) -> str:

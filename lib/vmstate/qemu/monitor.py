@@ -12,10 +12,10 @@ import json
 import select
 import socket
 import struct
-import time
 from collections import deque
 from typing import Any
 
+from ..deadline import Deadline
 from ..errors import CannotDo, GuestGone, Refused
 from . import userfault
 
@@ -30,7 +30,11 @@ LONGEST = 4 << 20
 EVENTS = 1000
 
 
-class StandsStill(CannotDo):
+class Busy(CannotDo):
+    """No answer now: another client holds the monitor, or QEMU is at something long.  Later there may be one."""
+
+
+class StandsStill(Busy):
     """QEMU, process `pid`, answers nothing: it waits for a page of its guest, which nobody brings.
 
     protected: it may not write into it, since a snapshot has not come so far yet, or was lost.
@@ -132,22 +136,18 @@ class Monitor:
 
     def event(self, patience: float) -> dict[str, Any] | None:
         """The next thing that QEMU has told in this conversation without being asked; None where nothing comes."""
-        give_up = time.monotonic() + patience
+        deadline = Deadline(patience)
         try:
             while not self._events:
-                self._sort(self._message(give_up))
+                self._sort(self._message(deadline))
         except TimeoutError:
             return None
         return self._events.popleft()
 
-    def human(self, line: str) -> str:
-        """The answer of the human monitor to a line."""
-        return str(self.ask("human-monitor-command", command_line=line))
-
     def send_fd(self, name: str, fd: int) -> None:
         """Hand a descriptor to QEMU, which keeps it as `name` until it is used."""
         try:
-            self._wait(select.POLLOUT, time.monotonic() + ANSWER)
+            self._wait(select.POLLOUT, Deadline(ANSWER))
             # It comes with the byte before the command that names it.
             socket.send_fds(self._socket, [b" "], [fd])
         except TimeoutError:
@@ -164,37 +164,38 @@ class Monitor:
     # the talk
 
     def _connect(self) -> None:
-        give_up = time.monotonic() + self._patience
-        _reach(self._socket, self._path, give_up)
-        give_up = max(give_up, time.monotonic() + 0.01)
+        deadline = Deadline(self._patience)
+        _reach(self._socket, self._path, deadline)
+        # Whoever has got in at the last moment is heard.
+        deadline = Deadline(max(deadline.left, 0.01))
         pid = self.pid()
         try:
-            self._negotiate(self._message(give_up), give_up)
+            self._negotiate(self._message(deadline), deadline)
         except TimeoutError:
             # A QEMU that stands still may greet; it does not negotiate.
             raise (StandsStill(self._path, pid) if userfault.waits(pid) else _busy(self._path)) from None
 
-    def _negotiate(self, greeting: dict[str, Any], give_up: float) -> None:
+    def _negotiate(self, greeting: dict[str, Any], deadline: Deadline) -> None:
         offered = greeting.get("QMP")
         if not isinstance(offered, dict):
             raise self._no_qmp(f"found {str(greeting)[:60]}")
         capabilities = offered.get("capabilities")
         self._oob = isinstance(capabilities, list) and "oob" in capabilities
-        self._answer("execute", "qmp_capabilities", {"enable": ["oob"] if self._oob else []}, give_up)
+        self._answer("execute", "qmp_capabilities", {"enable": ["oob"] if self._oob else []}, deadline)
 
     def _ask(self, how: str, command: str, arguments: dict[str, Any]) -> Any:
         try:
-            return self._answer(how, command, arguments, time.monotonic() + ANSWER)
+            return self._answer(how, command, arguments, Deadline(ANSWER))
         except TimeoutError:
-            raise CannotDo(f"no answer to '{command}' from {self._path} in {ANSWER:.0f} s") from None
+            raise Busy(f"no answer to '{command}' from {self._path} in {ANSWER:.0f} s") from None
 
-    def _answer(self, how: str, command: str, arguments: dict[str, Any], give_up: float) -> Any:
+    def _answer(self, how: str, command: str, arguments: dict[str, Any], deadline: Deadline) -> Any:
         """TimeoutError where none has come by then."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         self._last += 1
         try:
-            self._send(json.dumps({how: command, "arguments": named, "id": self._last}).encode(), give_up)
-            while (answer := self._sort(self._message(give_up))) is None:
+            self._send(json.dumps({how: command, "arguments": named, "id": self._last}).encode(), deadline)
+            while (answer := self._sort(self._message(deadline))) is None:
                 pass
         except GuestGone as error:
             raise GuestGone(f"the guest at {self._path} went away during '{command}'") from error
@@ -210,22 +211,22 @@ class Monitor:
             return message
         return None
 
-    def _send(self, data: bytes, give_up: float) -> None:
+    def _send(self, data: bytes, deadline: Deadline) -> None:
         view = memoryview(data)
         try:
             while view:
-                self._wait(select.POLLOUT, give_up)
+                self._wait(select.POLLOUT, deadline)
                 view = view[self._socket.send(view) :]
         except TimeoutError:
             raise
         except OSError as error:
             raise GuestGone(f"the guest at {self._path} went away") from error
 
-    def _message(self, give_up: float) -> dict[str, Any]:
+    def _message(self, deadline: Deadline) -> dict[str, Any]:
         """The next one; TimeoutError where none has come by then."""
         try:
             while (message := self._decoder.take()) is None:
-                self._wait(select.POLLIN, give_up)
+                self._wait(select.POLLIN, deadline)
                 data = self._socket.recv(CHUNK)
                 if not data:
                     raise GuestGone(f"the guest at {self._path} went away")
@@ -238,12 +239,12 @@ class Monitor:
             raise GuestGone(f"the guest at {self._path} went away") from error
         return message
 
-    def _wait(self, what: int, give_up: float) -> None:
+    def _wait(self, what: int, deadline: Deadline) -> None:
         if self._socket.fileno() < 0:
             raise ConnectionError("the conversation was left")
         poll = select.poll()
         poll.register(self._socket, what)
-        if not poll.poll(max(0.0, give_up - time.monotonic()) * 1000):
+        if not poll.poll(deadline.left * 1000):
             raise TimeoutError
 
     def _no_qmp(self, why: str) -> CannotDo:
@@ -256,26 +257,25 @@ def _words_of_error(answer: dict[str, Any]) -> str:
     return str(error.get("desc", error)) if isinstance(error, dict) else str(error)
 
 
-def _reach(end: socket.socket, path: str, give_up: float) -> None:
+def _reach(end: socket.socket, path: str, deadline: Deadline) -> None:
     """Connect, waiting for a place in the queue of a busy monitor."""
     hint = "GUEST is the path of a QMP socket: -qmp unix:PATH,server,nowait"
-    while True:
+    for _ in deadline.tries(0.02):
         try:
             return end.connect(path)
         except BlockingIOError:
-            if time.monotonic() > give_up:
-                raise _busy(path) from None
-            time.sleep(0.02)
+            continue
         except ConnectionRefusedError as error:
             text = f"no guest at {path}: nobody listens there"
             raise GuestGone(text, "its QEMU has ended; or " + hint) from error
         except OSError as error:
             family = GuestGone if isinstance(error, FileNotFoundError) else CannotDo
             raise family(f"no guest at {path}: {error.strerror or error}", hint) from error
+    raise _busy(path)
 
 
-def _busy(path: str) -> CannotDo:
-    return CannotDo(
+def _busy(path: str) -> Busy:
+    return Busy(
         f"the monitor {path} does not answer: another client holds it",
         "a QMP socket talks to one client at a time; end that one, or give QEMU a second -qmp",
     )

@@ -7,10 +7,11 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..net.neighbours import neighbours
 from ..net.nic import MAC, SYS, Nic, is_unicast
+from .answers import RxFilter
 
 PROC = "/proc"
 # "net0: index=0,type=tap,ifname=tap0,..."; in a hub the port's name stands before: "hub0port1: net0: index=0,..."
@@ -31,15 +32,15 @@ class _Client(NamedTuple):
         return found[1] if found else None
 
 
-def from_info_network(text: str, pid: int | None, filters: Iterable[dict[str, Any]] = ()) -> list[Nic]:
+def from_info_network(text: str, pid: int | None, filters: Iterable[RxFilter] = ()) -> list[Nic]:
     """The cards of a guest and their interfaces on this host, each card once, in QEMU's order.
 
-    `text` is what HMP `info network` printed, `pid` the QEMU that printed it (None: unknown), `filters` the answer of
-    `query-rx-filter`: its `main-mac` wins, since the guest may have changed the address.  `iface` is the tap or
+    `text` is what HMP `info network` printed, `pid` the QEMU that printed it (None: unknown), `filters` what
+    the cards take frames for: the address there wins, since the guest may have changed it.  `iface` is the tap or
     macvtap, the bridge where only that is known, None for a card with no interface (user, socket, ...) or where
     /proc/PID cannot be read.  `addresses` are those that the host's neighbour table has for the card.
     """
-    macs = {str(entry.get("name")): str(entry.get("main-mac", "")).lower() for entry in filters}
+    macs = {entry.name: entry.mac for entry in filters}
     groups = list(_groups(text))
     ifaces = _ifaces([client for group in groups for client in group if client.type == "tap"], pid)
     found = []

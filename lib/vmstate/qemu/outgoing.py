@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..deadline import Deadline
 from ..errors import CannotDo, InDoubt, Refused, WrongUsage
-from . import markers, userfault
+from . import answers, markers, userfault
 from .control import run_on
 from .monitor import Monitor
 from .settings import DEFAULT_BANDWIDTH, ON, SavedSettings, prepare, ran
@@ -42,9 +43,10 @@ def require_sendable(monitor: Monitor, path: str) -> GuestState:
     if guest_state.run in words:
         said, hint = words[guest_state.run]
         raise CannotDo(f"the guest at {path} {said} ({guest_state.run})", hint)
-    blocked = guest_state.info.get("blocked-reasons")
-    if blocked:
-        raise CannotDo(f"the guest at {path} cannot be saved: {'; '.join(blocked)}", "QEMU names the device in its way")
+    if guest_state.blocked:
+        raise CannotDo(
+            f"the guest at {path} cannot be saved: {'; '.join(guest_state.blocked)}", "QEMU names the device in its way"
+        )
     if not _closed(monitor.pid()):
         text = f"the guest at {path} cannot be saved or moved: its QEMU is left with a snapshot that was lost"
         raise CannotDo(text, "it runs on; once it can be shut down, start it in another QEMU")
@@ -65,18 +67,14 @@ def _closed(pid: int) -> bool:
 
     QEMU 7.2 keeps that of one that was lost, and no migration comes to its end then.
     """
-    give_up = time.monotonic() + 2
     with contextlib.suppress(OSError):
-        while userfault.descriptors(pid):
-            if time.monotonic() > give_up:
-                return False
-            time.sleep(0.02)
+        return any(not userfault.descriptors(pid) for _ in Deadline(2).tries(0.02))
     return True
 
 
 def _without_description(monitor: Monitor) -> bool:
     try:
-        return bool(monitor.ask("qom-get", path="/machine", property="suppress-vmdesc"))
+        return answers.qom_flag(monitor, "/machine", "suppress-vmdesc")
     except Refused:
         return False
 
@@ -197,7 +195,7 @@ class OutgoingMigration:
         wanted: dict[str, Any] = {}
         if self._rate is not None:
             wanted["max-bandwidth"] = self._rate
-        elif monitor.ask("query-migrate-parameters").get("max-bandwidth") == DEFAULT_BANDWIDTH:
+        elif answers.parameters(monitor).get("max-bandwidth") == DEFAULT_BANDWIDTH:
             wanted["max-bandwidth"] = 0
         if self._downtime is not None:
             wanted["downtime-limit"] = self._downtime
@@ -243,8 +241,7 @@ def _run_on_once_kept(monitor: Monitor) -> None:
     """
     while True:
         guest_state = query(monitor)
-        ram = guest_state.info.get("ram", {})
-        if not guest_state.moving or ram.get("normal", 0) + ram.get("duplicate", 0) > 0:
+        if not guest_state.moving or (guest_state.ram and guest_state.ram.pages):
             break
         time.sleep(0.0005)
     if guest_state.migration in BUSY | {"completed"}:
@@ -258,7 +255,7 @@ def _pause(monitor: Monitor) -> float | None:
     """
     stopped = None
     while True:
-        event = monitor.event(1)
+        event = answers.event(monitor, 1)
         if event is None:
             guest_state = query(monitor)
             if not guest_state.moving and guest_state.migration != "completed":
@@ -266,12 +263,10 @@ def _pause(monitor: Monitor) -> float | None:
             if not guest_state.moving:
                 return None
             continue
-        stamp = event["timestamp"]
-        at: float = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
-        if event["event"] == "STOP":
-            stopped = at
-        elif event["event"] == "RESUME" and stopped is not None:
-            return round(at - stopped, 3)
+        if event.name == "STOP":
+            stopped = event.at
+        elif event.name == "RESUME" and stopped is not None:
+            return round(event.at - stopped, 3)
 
 
 def _explained(error: Refused, path: str) -> CannotDo:

@@ -8,7 +8,9 @@ import os
 import time
 from typing import Any
 
-from . import markers, userfault
+from ..deadline import Deadline
+from ..fields import Fields
+from . import answers, markers, userfault
 from .monitor import Monitor
 from .state import RUNS, GuestState, query
 
@@ -31,7 +33,7 @@ class SavedSettings:
 
     def __init__(self, owner: str | None = None) -> None:
         self.owner = owner or os.urandom(8).hex()
-        self.capabilities: list[dict[str, Any]] = []
+        self.capabilities: dict[str, bool] = {}
         self.parameters: dict[str, Any] = {}
         self.rate: int | None = None
         self.stopped = False
@@ -48,11 +50,15 @@ class SavedSettings:
         if len(before) == len(markers.SETTINGS):
             markers.remove(monitor, before.pop(0))
         if not self.restored:
-            values = {name: getattr(self, name) for name in ("owner", "capabilities", "parameters", "rate", "stopped")}
             (spare,) = set(markers.SETTINGS) - set(before) if before else markers.SETTINGS[:1]
-            markers.put(monitor, spare, at=time.time(), **values)
+            markers.put(monitor, spare, at=time.time(), **self._values())
         for name in before:
             markers.remove(monitor, name)
+
+    def _values(self) -> dict[str, Any]:
+        capabilities = [{"capability": name, "state": state} for name, state in self.capabilities.items()]
+        values = {name: getattr(self, name) for name in ("owner", "parameters", "rate", "stopped")}
+        return {**values, "capabilities": capabilities}
 
     def pause(self, monitor: Monitor) -> None:
         """Pause a guest that runs; who comes later knows that it was not the user."""
@@ -67,7 +73,7 @@ class SavedSettings:
 
     def lift_rate(self, monitor: Monitor) -> None:
         """No limit any more to what QEMU sends; the one that there was is put back with all else."""
-        had = monitor.ask("query-migrate-parameters").get("max-bandwidth", 0)
+        had = answers.parameters(monitor).get("max-bandwidth", 0)
         if "max-bandwidth" not in self.parameters or had != self.rate:
             self.parameters["max-bandwidth"] = had
         self.rate = 0
@@ -81,23 +87,26 @@ class SavedSettings:
         left = left_behind(monitor)
         if left and left.owner == self.owner:
             had = dict(self.parameters)
-            if "max-bandwidth" in had and monitor.ask("query-migrate-parameters").get("max-bandwidth") != self.rate:
+            if "max-bandwidth" in had and answers.parameters(monitor).get("max-bandwidth") != self.rate:
                 # vm-speed has set it meanwhile.
                 del had["max-bandwidth"]
             if had:
                 monitor.ask("migrate-set-parameters", **had)
             if self.capabilities:
                 _wait_for_the_snapshot(monitor)
-                monitor.ask("migrate-set-capabilities", capabilities=self.capabilities)
-        self.capabilities, self.parameters, self.stopped = [], {}, False
+                answers.set_capabilities(monitor, self.capabilities)
+        self.capabilities, self.parameters, self.stopped = {}, {}, False
         if left and left.owner == self.owner:
             self.keep(monitor)
 
 
-def _kept(monitor: Monitor) -> list[tuple[float, str, dict[str, Any]]]:
+def _kept(monitor: Monitor) -> list[tuple[float, str, Fields]]:
     """When, under which name, and what; of two, where a command died when it replaced one, the newer has all."""
-    found = [(name, markers.facts(monitor, name)) for name in markers.names(monitor, markers.SETTINGS)]
-    return sorted(((float(facts.get("at", 0)), name, facts) for name, facts in found), key=lambda entry: entry[0])
+    found = [
+        (name, Fields(markers.facts(monitor, name), f"the object '{name}' in QEMU"))
+        for name in markers.names(monitor, markers.SETTINGS)
+    ]
+    return sorted(((facts.number("at", 0.0), name, facts) for name, facts in found), key=lambda entry: entry[0])
 
 
 def left_behind(monitor: Monitor) -> SavedSettings | None:
@@ -106,9 +115,11 @@ def left_behind(monitor: Monitor) -> SavedSettings | None:
     if not kept:
         return None
     _, _, facts = kept[-1]
-    left = SavedSettings(str(facts.get("owner")))
-    left.capabilities, left.parameters = facts.get("capabilities", []), facts.get("parameters", {})
-    left.rate, left.stopped = facts.get("rate"), facts.get("stopped") is True
+    left = SavedSettings(facts.text("owner", ""))
+    left.capabilities = {entry.text("capability"): entry.flag("state") for entry in facts.objects("capabilities")}
+    left.parameters = dict(facts.inner("parameters").raw()) if "parameters" in facts else {}
+    rate = facts.get("rate")
+    left.rate, left.stopped = None if rate is None else facts.whole("rate"), facts.flag("stopped", False)
     return left
 
 
@@ -123,9 +134,8 @@ def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], s
 
     `saved` learns what was there before anything is changed, so that an interruption leaves nothing behind.
     """
-    capabilities = monitor.ask("query-migrate-capabilities")
-    had = monitor.ask("query-migrate-parameters")
-    wanted = [{"capability": c["capability"], "state": c["capability"] in on} for c in capabilities]
+    capabilities, had = answers.capabilities(monitor), answers.parameters(monitor)
+    wanted = {name: name in on for name in capabilities}
     # A name of credentials or another mode would turn our descriptor into something else.
     for name, value in (("tls-creds", ""), ("mode", "normal")):
         if had.get(name, value) != value:
@@ -144,28 +154,25 @@ def prepare(monitor: Monitor, on: tuple[str, ...], parameters: dict[str, Any], s
 
 
 def _before(
-    left: SavedSettings | None, capabilities: list[dict[str, Any]], had: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    left: SavedSettings | None, capabilities: dict[str, bool], had: dict[str, Any]
+) -> tuple[dict[str, bool], dict[str, Any]]:
     """Capabilities and parameters as they were before any command of ours, `left` by one that was killed."""
-    on = {c["capability"]: c["state"] for c in left.capabilities} if left else {}
+    on = left.capabilities if left else {}
     # Nobody else switches these on for long.
-    back = [
-        {**c, "state": on.get(c["capability"], c["state"] and c["capability"] not in LEFT_OVER)} for c in capabilities
-    ]
+    back = {name: on.get(name, state and name not in LEFT_OVER) for name, state in capabilities.items()}
     values = dict(left.parameters) if left else {}
     if left and had.get("max-bandwidth") != left.rate:
         values.pop("max-bandwidth", None)
     return back, {**had, **{name: value for name, value in values.items() if name in had}}
 
 
-def _set_capabilities(monitor: Monitor, had: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+def _set_capabilities(monitor: Monitor, had: dict[str, bool], wanted: dict[str, bool]) -> None:
     # QEMU checks each list as a whole against what is set: first everything off that goes off, then the others on.
-    on_before = {c["capability"] for c in had if c["state"]}
-    off = [c for c in wanted if not c["state"] and c["capability"] in on_before]
-    for change in (off, wanted):
+    changes = {name: False for name, state in wanted.items() if not state and had.get(name)}, wanted
+    for change in changes:
         if change:
             _wait_for_the_snapshot(monitor)
-            monitor.ask("migrate-set-capabilities", capabilities=change)
+            answers.set_capabilities(monitor, change)
 
 
 def _wait_for_the_snapshot(monitor: Monitor) -> None:
@@ -174,12 +181,13 @@ def _wait_for_the_snapshot(monitor: Monitor) -> None:
 
     Where that cannot be seen, time has to do.
     """
-    if not any(c["state"] and c["capability"] in SNAPSHOT for c in monitor.ask("query-migrate-capabilities")):
+    on, pid = answers.capabilities(monitor), monitor.pid()
+    if not any(on.get(name) for name in SNAPSHOT):
         return
-    give_up, pid = time.monotonic() + 20, monitor.pid()
     try:
-        while time.monotonic() < give_up and userfault.descriptors(pid) and userfault.protected(pid):
-            time.sleep(0.01)
+        for _ in Deadline(20).tries(0.01):
+            if not (userfault.descriptors(pid) and userfault.protected(pid)):
+                return
     except OSError:
         time.sleep(1)
 
@@ -192,7 +200,7 @@ def clear_leftovers(monitor: Monitor, owner: str | None = None) -> None:
         return
     if left:
         left.put_back(monitor)
-    on = [c for c in monitor.ask("query-migrate-capabilities") if c["state"] and c["capability"] in LEFT_OVER]
+    on = [name for name, state in answers.capabilities(monitor).items() if state and name in LEFT_OVER]
     if on:
         _wait_for_the_snapshot(monitor)
-        monitor.ask("migrate-set-capabilities", capabilities=[{**c, "state": False} for c in on])
+        answers.set_capabilities(monitor, dict.fromkeys(on, False))

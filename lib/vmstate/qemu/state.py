@@ -1,19 +1,20 @@
 """What QEMU says of a guest and of its migration, read into one type."""
 
-import re
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from ..errors import CannotDo, GuestGone, InDoubt, Refused
-from . import userfault
-from .monitor import PATIENCE, Monitor
+from ..deadline import Deadline
+from ..errors import CannotDo
+from ..fields import MOST, Fields
+from . import answers, userfault
+from .monitor import PATIENCE, Busy, Monitor
 
 T = TypeVar("T")
 # The QEMU from which on, under TCG, a live migration sends every page that the guest writes (upstream 03bfc2188f).
 COHERENT = (9, 0)
 # Longer than any migration: the wait ends with the QEMU.
 FOR_EVER = 1e9
+PAGE = 4096
 # Run states of a guest that runs
 RUNS = ("running", "suspended")
 # migration.json, MigrationStatus: those in which QEMU is not done
@@ -22,12 +23,34 @@ BUSY = frozenset(("setup", "active", "device", "pre-switchover", "wait-unplug", 
 )
 
 
+class Ram(NamedTuple):
+    """How far the memory has been sent, in bytes.  pages: that were sent.  rate, dirty_rate: in bytes a second.
+
+    round: how often what was written meanwhile has been collected.
+    """
+
+    total: int
+    remaining: int
+    transferred: int
+    pages: int
+    rate: float
+    dirty_rate: int
+    round: int
+
+
 class GuestState(NamedTuple):
-    """Where a guest stands: QEMU's run state, the status of its migration ('none' where there was none), its answer."""
+    """Where a guest stands: QEMU's run state, and the status of its migration ('none' where there was none).
+
+    reason: why it failed, as QEMU says.  blocked: why none can begin.  downtime, expected_downtime: in ms.
+    """
 
     run: str
     migration: str
-    info: dict[str, Any]
+    reason: str = ""
+    blocked: tuple[str, ...] = ()
+    ram: Ram | None = None
+    downtime: int | None = None
+    expected_downtime: int | None = None
 
     @property
     def moving(self) -> bool:
@@ -38,14 +61,32 @@ class GuestState(NamedTuple):
         """Its state is whole elsewhere.  (A stopped guest is 'postmigrate' after a migration that failed, too.)"""
         return self.run == "postmigrate" and self.migration == "completed"
 
-    @property
-    def reason(self) -> str:
-        return str(self.info.get("error-desc", ""))
-
 
 def query(monitor: Monitor) -> GuestState:
-    info = monitor.ask("query-migrate")
-    return GuestState(monitor.ask("query-status")["status"], info.get("status", "none"), info)
+    info = answers.fields(monitor, "query-migrate")
+    ram = info.inner("ram", None)
+    return GuestState(
+        answers.fields(monitor, "query-status").text("status"),
+        info.text("status", "none"),
+        info.text("error-desc", "", most=answers.LONGEST),
+        tuple(info.texts("blocked-reasons", longest=answers.LONGEST)),
+        _ram(ram) if ram is not None else None,
+        info.whole("downtime", None, low=-MOST),
+        info.whole("expected-downtime", None, low=-MOST),
+    )
+
+
+def _ram(ram: Fields) -> Ram:
+    return Ram(
+        ram.whole("total"),
+        ram.whole("remaining"),
+        ram.whole("transferred"),
+        ram.whole("normal", 0) + ram.whole("duplicate", 0),
+        # Below zero until QEMU knows it.
+        max(0.0, ram.number("mbps", 0.0)) * 1e6 / 8,
+        ram.whole("dirty-pages-rate", 0) * ram.whole("page-size", PAGE),
+        ram.whole("dirty-sync-count", 0),
+    )
 
 
 def query_once(path: str, patience: float = PATIENCE) -> GuestState:
@@ -61,64 +102,51 @@ def wait_for(
 
     slowest: seconds between two looks, once it lasts.
     """
-    give_up = time.monotonic() + seconds
-    pause = 0.005
-    while True:
-        guest_state = None
+    found: GuestState | Busy | None = None
+    for _ in Deadline(seconds).tries(0.005, slowest):
         try:
-            guest_state = query_once(path)
-            if done(guest_state):
-                return guest_state
-        except GuestGone:
-            raise
-        except CannotDo:
-            if time.monotonic() > give_up:
-                raise
-        if time.monotonic() > give_up:
-            where = f"'{guest_state.run}', migration '{guest_state.migration}'" if guest_state else "not known"
-            raise CannotDo(f"waited {seconds:.0f} s for {path} {what}: its state is {where}")
-        time.sleep(pause)
-        pause = min(slowest, pause * 1.5)
+            found = query_once(path)
+            if done(found):
+                return found
+        except Busy as error:
+            found = error
+    if isinstance(found, Busy):
+        raise found
+    where = f"'{found.run}', migration '{found.migration}'" if found else "not known"
+    raise CannotDo(f"waited {seconds:.0f} s for {path} {what}: its state is {where}")
 
 
 def with_retry(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
     """What `do` gives in a conversation of its own; while another client holds the monitor, it is tried again."""
-    give_up = time.monotonic() + seconds
-    while True:
+    trouble: Busy | None = None
+    for _ in Deadline(seconds).tries(0.05):
         try:
             with Monitor(path) as monitor:
                 return do(monitor)
-        except (GuestGone, Refused, InDoubt):
-            raise
-        except CannotDo:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.05)
+        except Busy as error:
+            trouble = error
+    assert trouble
+    raise trouble
 
 
 def loses_pages(monitor: Monitor) -> bool:
     """Whether a live migration of the guest may leave out pages that it writes meanwhile: QEMU before 9.0 under TCG."""
-    version = monitor.ask("query-version")["qemu"]
-    return (version["major"], version["minor"]) < COHERENT and not monitor.ask("query-kvm")["enabled"]
+    return answers.version(monitor)[:2] < COHERENT and not answers.kvm(monitor)
 
 
 def version_words(monitor: Monitor) -> str:
-    version = monitor.ask("query-version")["qemu"]
-    return f"QEMU {version['major']}.{version['minor']}"
+    major, minor, _ = answers.version(monitor)
+    return f"QEMU {major}.{minor}"
 
 
 def ram_blocks(monitor: Monitor) -> dict[str, tuple[int, int]]:
     """Name to used and greatest size, in bytes, of each RAM block of a guest."""
-    text = monitor.ask("x-query-ramblock")["human-readable-text"]
-    row = re.compile(r"^\s*(\S.*?)\s+\d+ [KMG]iB\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)", re.M)
-    return {name: (int(used, 16), int(total, 16)) for name, used, total in row.findall(text)}
+    return {name: (block.used, block.most) for name, block in answers.ram_blocks(monitor).items()}
 
 
 def odd_pages(monitor: Monitor) -> list[str]:
     """The RAM blocks of a guest whose pages are not of 4 KiB."""
-    text = monitor.ask("x-query-ramblock")["human-readable-text"]
-    rows = re.findall(r"^\s*(\S.*?)\s+(\d+ [KMG]iB)\s+0x", text, re.M)
-    return [name for name, size in rows if size != "4 KiB"]
+    return [name for name, block in answers.ram_blocks(monitor).items() if block.page != "4 KiB"]
 
 
 def lost_its_snapshot(guest_state: GuestState, pid: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..progress import Sample
 from ..report import printable, time_words
-from . import markers
+from . import answers, markers
 from .migration_progress import sample_of
 from .monitor import Monitor
 from .settings import LEFT_OVER, left_behind
@@ -49,7 +49,7 @@ class Status(NamedTuple):
         return found + [f"next: {command}" for command in self.next]
 
     def values(self) -> dict[str, Any]:
-        sample = sample_of(self.guest_state.info) if self.guest_state.moving else None
+        sample = sample_of(self.guest_state) if self.guest_state.moving else None
         return {
             "guest": self.path,
             "state": self.guest_state.run,
@@ -66,14 +66,14 @@ def of(path: str) -> Status:
     """Where the guest at `path` stands."""
     with Monitor(path) as monitor:
         guest_state = query(monitor)
-        capabilities = {c["capability"] for c in monitor.ask("query-migrate-capabilities") if c["state"]}
+        on = {name for name, state in answers.capabilities(monitor).items() if state}
         found = markers.read(monitor)
         left = left_behind(monitor)
         lost = lost_its_snapshot(guest_state, monitor.pid())
     changed = {*left.parameters, *(["the pause"] if left.stopped else [])} if left else set()
     # One that waits for the word of its source is held by a command that is at work.
     held = guest_state.moving or (markers.TAKEN in found and guest_state.run == "paused")
-    leftovers = () if held else tuple(sorted(capabilities & set(LEFT_OVER) | changed))
+    leftovers = () if held else tuple(sorted(on & set(LEFT_OVER) | changed))
     if lost:
         words = "stands still: its pages are protected still, for a snapshot that was lost"
         return Status(path, guest_state, (), words, (f"vm-cont {shlex.quote(path)}",))
@@ -154,7 +154,7 @@ def _words_of_load(guest_state: GuestState) -> str:
 
 def _words_of_migration(guest_state: GuestState) -> str:
     if guest_state.moving and guest_state.run != "finish-migrate":
-        sample = sample_of(guest_state.info)
+        sample = sample_of(guest_state)
         return f" while its state is being sent ({guest_state.migration})" + (
             _words_of_sample(sample) if sample else ""
         )

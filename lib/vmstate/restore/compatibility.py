@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..errors import CannotDo, Damaged, Misfit
 from ..io.descriptors import HOLD
-from ..qemu import qtree
+from ..qemu import answers, qtree
 from ..qemu.incoming import DEVICES, misfits, require_waiting
 from ..qemu.monitor import Monitor
 from ..stream.description import find_end
@@ -81,7 +81,7 @@ class Against:
         """Number of vCPUs, and what is at each PCI address."""
         with Monitor(self.path) as monitor:
             require_waiting(monitor, self.path)
-            own_vcpus, own = len(monitor.ask("query-cpus-fast")), _pci(monitor)
+            own_vcpus, own = len(answers.vcpus(monitor)), _pci(monitor)
         found = []
         vcpus = sum(device.name == "cpu_common" for device in devices)
         if vcpus != own_vcpus:
@@ -119,7 +119,7 @@ def _pci(monitor: Monitor) -> Pci | None:
     Not from `query-pci`: before firmware has numbered the buses, it has nothing of what is behind a bridge.
     """
     found: Pci = {}
-    for device in qtree.devices(monitor.human("info qtree")):
+    for device in qtree.devices(answers.human(monitor, "info qtree")):
         if device["pci"]:
             vendor, card = device["pci"].split(":")
             found[device["at"]] = (int(vendor, 16), int(card, 16))

@@ -14,7 +14,7 @@ import xxhash
 from ..checkpoint.revert import Revert
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Refused, VmstateError
 from ..io.descriptors import channel
-from ..qemu import markers
+from ..qemu import answers, markers
 from ..qemu.control import run_on
 from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_waiting
 from ..qemu.launch import Process, check_arguments
@@ -193,13 +193,12 @@ class Lazy:
             if odd := odd_pages(monitor):
                 raise NotLazy(f"the guest at {self.path} has pages that are not of 4 KiB: {', '.join(odd)}", EAGER)
             with contextlib.suppress(Refused):
-                shared = [back["id"] for back in monitor.ask("query-memdev") if back.get("share")]
-                if shared:
+                if shared := answers.shared_backends(monitor):
                     raise NotLazy(f"the guest at {self.path} has RAM that others share ({', '.join(shared)})", EAGER)
 
     def _set_up(self, monitor: Monitor, run: bool) -> None:
         markers.clear(monitor)
-        silent = monitor.ask("query-migrate-parameters").get("announce-rounds") == 0
+        silent = answers.parameters(monitor).get("announce-rounds") == 0
         if silent:
             self._report.note(NO_ROUNDS)
         try:

@@ -1,11 +1,14 @@
 """What is looked up beyond a line, and in which order it counts."""
 
+from types import SimpleNamespace
+
 from vmstate.announce import guest_query, lookup
 from vmstate.announce.guest_query import Told
 from vmstate.announce.lookup import AGENT, FILTER, FORWARDING, NEIGHBOURS, Candidate
 from vmstate.net import neighbours
 from vmstate.net.egress import Egress
 from vmstate.net.nic import Nic
+from vmstate.qemu import answers
 
 ONE, TWO, THREE = "52:54:00:12:34:56", "52:54:00:12:34:57", "52:54:00:12:34:58"
 
@@ -53,9 +56,11 @@ def test_a_card_with_a_line_of_its_own_is_not_found_again(monkeypatch):
 
 
 def entry(**values):
-    """As QEMU 7.2 answers `query-rx-filter` of a virtio card."""
+    """As QEMU 7.2 answers `query-rx-filter` of a virtio card, read."""
     plain = {"name": "net0", "main-mac": ONE, "vlan": "all", "vlan-table": [], "unicast-table": []}
-    return {**plain, **{name.replace("_", "-"): value for name, value in values.items()}}
+    answer = {**plain, **{name.replace("_", "-"): value for name, value in values.items()}}
+    (found,) = answers.rx_filters(SimpleNamespace(ask=lambda command: [answer]))
+    return found
 
 
 def test_the_filter_of_a_card():
@@ -63,7 +68,7 @@ def test_the_filter_of_a_card():
     assert guest_query.vlans(entry(vlan="normal", vlan_table=[20, 0, 10])) == (10, 20)
     assert guest_query.vlans(entry(vlan="all", vlan_table=[20])) == ()
     assert guest_query.vlans(entry(vlan="normal", vlan_table=list(range(4096)))) == ()
-    assert guest_query.unicast({"main-mac": ONE}) == guest_query.vlans({}) == ()
+    assert guest_query.unicast(entry()) == guest_query.vlans(entry()) == ()
 
 
 def test_a_finder_works_beside(monkeypatch):

@@ -37,13 +37,22 @@ def changed(tmp_path: Path, **values: Any) -> str:
 @pytest.mark.parametrize(
     ("values", "kind", "words"),
     [
-        ({"kind": "x"}, Damaged, "its kind is 'x'"),
+        ({"kind": "x"}, Damaged, "field 'kind': expected 'vmstate manifest', found 'x'"),
         ({"version": 2}, CannotDo, "of version 2; this is known up to 1"),
-        ({"mode": "x"}, Damaged, "mode 'x'"),
-        ({"tag": 1}, Damaged, "tag 1"),
-        ({"disks": [{"device": "d"}]}, Damaged, "missing"),
-        ({"disks": 1}, Damaged, "no manifest"),
-        ({"more": 1}, Damaged, "unexpected"),
+        ({"mode": "x"}, Damaged, "field 'mode': expected 'overlay' or 'internal', found 'x'"),
+        ({"tag": 1}, Damaged, "field 'tag': expected a text, found 1"),
+        (
+            {"disks": [{"device": "d"}]},
+            Damaged,
+            r"field 'disks\[0\].chain': expected absolute paths|field 'disks\[0\].node': expected a value",
+        ),
+        ({"disks": 1}, Damaged, "field 'disks': expected a list, found 1"),
+        ({"run": "no"}, Damaged, "field 'run': expected true or false, found 'no'"),
+        ({"command": [1]}, Damaged, "field 'command': expected a list of texts"),
+        ({"nics": ["x"]}, Damaged, r"field 'nics\[0\]': expected an object, found 'x'"),
+        ({"made": "x"}, Damaged, "field 'made': expected a number, found 'x'"),
+        ({"state": 5}, Damaged, "field 'state': expected a text, found 5"),
+        ({"more": 1}, Damaged, "field 'more': expected none of that name, found 1"),
     ],
 )
 def test_what_is_no_manifest(tmp_path: Path, values: dict[str, Any], kind: type[Exception], words: str) -> None:
@@ -63,7 +72,7 @@ def test_bytes_that_are_none(tmp_path: Path) -> None:
 
 def test_an_image_without_its_whole_path(tmp_path: Path) -> None:
     disk = asdict(made(tmp_path).disks[0])
-    with pytest.raises(Damaged, match=r"a.qcow2 of a disk"):
+    with pytest.raises(Damaged, match=r"field 'disks\[0\].image': expected .*, found 'a.qcow2'"):
         manifest.read(changed(tmp_path, disks=[{**disk, "image": "a.qcow2"}]))
 
 

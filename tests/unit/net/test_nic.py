@@ -10,6 +10,7 @@ from vmstate.net import neighbours
 from vmstate.net import nic as net_nic
 from vmstate.net.nic import Nic
 from vmstate.qemu import nics
+from vmstate.qemu.answers import RxFilter
 
 ONE, TWO = "52:54:00:12:34:56", "52:54:00:12:34:57"
 
@@ -164,11 +165,15 @@ def test_info_network(text, expected):
     assert [(nic.mac, nic.iface) for nic in nics.from_info_network(text, None)] == expected
 
 
+def rx_filter(name, mac):
+    return RxFilter(name, mac, (), None)
+
+
 def test_the_filter_knows_what_the_guest_changed():
-    changed = [{"name": "virtio-net-pci.0", "main-mac": "52:54:00:AA:BB:CC"}, {"name": "other", "main-mac": ONE}]
+    changed = [rx_filter("virtio-net-pci.0", "52:54:00:aa:bb:cc"), rx_filter("other", ONE)]
     assert [nic.mac for nic in nics.from_info_network(NIC_FORMS, None, changed)] == ["52:54:00:aa:bb:cc", TWO]
     for useless in ("", "00:00:00:00:00:00", "01:00:5e:00:00:01", "x"):
-        filters = [{"name": "virtio-net-pci.0", "main-mac": useless}]
+        filters = [rx_filter("virtio-net-pci.0", useless)]
         assert nics.from_info_network(NIC_FORMS, None, filters)[0].mac == ONE
 
 

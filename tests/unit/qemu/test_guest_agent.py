@@ -12,6 +12,7 @@ import pytest
 from vmstate.errors import CannotDo
 from vmstate.qemu.guest_agent import Agent, addresses, set_time, time_of
 
+MAC = "52:54:00:00:00:0c"
 Answers = Callable[[dict[str, Any]], bytes]
 
 
@@ -122,7 +123,7 @@ def test_what_is_no_answer(fake: Fake, said: bytes) -> None:
 @pytest.mark.parametrize("told", ["5", None, 1.5, {}, []])
 def test_a_time_that_is_none(fake: Fake, told: Any) -> None:
     fake.says("guest-get-time", {"return": told})
-    with pytest.raises(CannotDo, match="a time that is none"):
+    with pytest.raises(CannotDo, match="field 'return': expected a whole number"):
         time_of(fake.path)
 
 
@@ -150,20 +151,35 @@ def test_addresses(fake: Fake) -> None:
             "hardware-address": "52:54:00:00:00:0a",
             "ip-addresses": [address("fe80::1"), address("::1")],
         },
-        {"name": "br0", "hardware-address": "52:54:00:00:00:0a", "ip-addresses": [address("192.0.2.7"), address(5), 5]},
+        {"name": "br0", "hardware-address": "52:54:00:00:00:0a", "ip-addresses": [address("192.0.2.7")]},
         {"name": "eth1", "hardware-address": "52:54:00:00:00:0b"},
-        {"name": "eth2", "hardware-address": "52:54:00:00:00:0c", "ip-addresses": [address("x\n"), {}]},
-        {"name": "eth3", "hardware-address": "52:54 00"},
-        "eth4",
+        {"name": "ib0", "hardware-address": "80:00:02:08:fe:80:00:00", "ip-addresses": [address("192.0.2.8")]},
     ]
     fake.says("guest-network-get-interfaces", {"return": cards})
     assert addresses(fake.path) == {
         "52:54:00:00:00:0a": ["192.0.2.7", "fe80::1"],
         "52:54:00:00:00:0b": [],
-        "52:54:00:00:00:0c": [],
     }
-    fake.says("guest-network-get-interfaces", {"return": 5})
-    assert addresses(fake.path) == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (5, "field 'return': expected a list, found 5"),
+        (["eth4"], r"field 'return\[0\]': expected an object, found 'eth4'"),
+        ([{"hardware-address": 5}], r"field 'return\[0\].hardware-address': expected a text, found 5"),
+        ([{"hardware-address": MAC, "ip-addresses": 5}], r"field 'return\[0\].ip-addresses': expected a list, found 5"),
+        ([{"hardware-address": MAC, "ip-addresses": [{}]}], r"\[0\].ip-address': expected a value, found none"),
+        (
+            [{"hardware-address": MAC, "ip-addresses": [{"ip-address": "x\n"}]}],
+            r"\[0\].ip-address': expected an IP address, found 'x\\n'",
+        ),
+    ],
+)
+def test_addresses_that_are_none(fake: Fake, told: Any, words: str) -> None:
+    fake.says("guest-network-get-interfaces", {"return": told})
+    with pytest.raises(CannotDo, match=words):
+        addresses(fake.path)
 
 
 def test_a_queue_that_is_full(fake: Fake) -> None:

@@ -1,12 +1,23 @@
 """A scripted QEMU for the tests of what talks to one."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from qmp_server import QmpServer
+from vmstate.signals import PUT_BACK
 
 from unit.qemu.fake_qemu import FakeQemu
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A job that undoes what it did has signals be ignored from then on."""
+    had = {number: signal.getsignal(number) for number in PUT_BACK}
+    yield
+    for number, handler in had.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,20 +1,10 @@
 """Every step is undone, in reverse, whatever becomes of the others."""
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 from vmstate.errors import CannotDo, GuestGone, InDoubt, Stopped
 from vmstate.rollback import Rollback, Trouble
-from vmstate.signals import PUT_BACK
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    had = {number: signal.getsignal(number) for number in PUT_BACK}
-    yield
-    for number, handler in had.items():
-        signal.signal(number, handler)
 
 
 def fails(error: Exception) -> None:

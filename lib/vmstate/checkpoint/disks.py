@@ -18,6 +18,7 @@ from ..qemu.blocks import Image, block_devices, block_jobs, opened_files
 from ..qemu.inventory import RAW, innermost
 from ..qemu.monitor import Monitor
 from ..qemu.state import wait_for, with_retry
+from ..rollback import Rollback
 from .qemu_img import create_overlay, run_qemu_img
 
 OVERLAY, INTERNAL = "overlay", "internal"
@@ -130,19 +131,17 @@ class PointInTime:
 
     def prepare(self) -> None:
         """Make empty overlays; CannotDo where one cannot be made: what was made before is taken away."""
-        made: list[str] = []
+        rollback = Rollback("take it away by hand: nothing is in it")
         try:
             for disk in self.disks if self.mode == OVERLAY else ():
                 # Under another name QEMU tells of them at greater length than it has room for.
                 below = disk.known if os.path.isabs(disk.known) else disk.image
                 create_overlay(below, disk.format, disk.size, disk.overlay)
-                made.append(disk.overlay)
-        except (CannotDo, FileExistsError) as error:
-            for name in made:
-                os.unlink(name)
-            if isinstance(error, CannotDo):
-                raise
-            raise CannotDo(f"{error.filename} is there already", ANOTHER) from error
+                rollback.add(disk.overlay, partial(os.unlink, disk.overlay))
+        except FileExistsError as error:
+            raise rollback.run(CannotDo(f"{error.filename} is there already", ANOTHER)) from error
+        except BaseException as error:
+            raise rollback.run(error) from error
         self._prepared = True
 
     def take(self, monitor: Monitor) -> None:

@@ -18,6 +18,7 @@ from ..progress import Progress
 from ..qemu import control, outgoing, settings, state
 from ..qemu.migration_progress import sample, words_of
 from ..report import Report, size_words
+from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream.validate import State
 from .relay import Outgoing
@@ -72,6 +73,14 @@ class Dump:
         except BaseException:
             self._let_go_of_the_sink()
             raise
+        # As the guest was found after it was taken back.
+        self._after: state.GuestState | None = None
+        self._rollback = Rollback(f"vm-status {plan.path}")
+        self._rollback.add("the watchdog", self._leave_guard)
+        self._rollback.add("the disks", self._undo_disks)
+        self._rollback.add("the guest", self._take_back)
+        self._rollback.add("the sink", self._let_go_of_the_sink)
+        self._rollback.add("the channel", self._close_channel)
 
     def run(self) -> dict[str, Any]:
         """Send, prove, give away; the outcome as values.  Whatever goes wrong, the guest is put back first."""
@@ -83,7 +92,7 @@ class Dump:
             no_more_signals()
             self._outgoing.answer(0)
         except BaseException as error:
-            raise self._put_back(error) from error
+            raise self._failed(error) from error
         return self._finish(state)
 
     def _finish(self, state: State) -> dict[str, Any]:
@@ -152,33 +161,34 @@ class Dump:
             self._kept = True
             self._guard.keep()
 
-    def _put_back(self, error: BaseException) -> BaseException:
+    def _failed(self, error: BaseException) -> BaseException:
         """Undo all; the error to raise, with what has become of the guest."""
-        no_more_signals()
-        self._ours.close()
-        self._theirs.close()
-        self._let_go_of_the_sink()
-        guest_state, trouble = None, None
-        try:
-            guest_state = self._migration.take_back() if self._migration.begun else None
-            if self._disks and not self._kept:
-                self._disks.undo()
-        except VmstateError as found:
-            trouble = found
-        self._leave_guard(trouble)
+        trouble = self._rollback.undo()
         if trouble and self._disks and isinstance(error, VmstateError):
             written = [f"what the guest has written last is in {name}" for name in self._disks.overlays()]
             error.hints = (*error.hints, *written)
-        if trouble and not isinstance(trouble, GuestGone):
-            words = f"{error}; and the guest could not be put back: {trouble}"
-            return InDoubt(words, f"vm-status {self._plan.path}")
+        # A guest that has ended cannot be put back, and need not be.
+        if not all(isinstance(found.error, GuestGone) for found in trouble):
+            return self._rollback.in_doubt(error)
         if isinstance(error, Stopped) or not isinstance(error, Exception):
             return error
-        return self._explain(error, guest_state)
+        return self._explain(error, self._after)
 
-    def _leave_guard(self, trouble: VmstateError | None = None) -> None:
+    def _close_channel(self) -> None:
+        self._ours.close()
+        self._theirs.close()
+
+    def _take_back(self) -> None:
+        self._after = self._migration.take_back() if self._migration.begun else None
+
+    def _undo_disks(self) -> None:
+        if self._disks and not self._kept:
+            self._disks.undo()
+
+    def _leave_guard(self) -> None:
         """Where we did not get the guest to run on, or the settings back, the guard goes on trying."""
-        self._guard.leave() if trouble or not self._migration.saved.restored else self._guard.done()
+        trouble = self._rollback.trouble or not self._migration.saved.restored
+        self._guard.leave() if trouble else self._guard.done()
 
     def _let_go_of_the_sink(self) -> None:
         if isinstance(self._sink, Output):

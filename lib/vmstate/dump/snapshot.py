@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import CannotDo, Refused, Stopped, VmstateError
+from ..errors import CannotDo, Refused, Stopped
 from ..io.descriptors import BLOCK
 from ..progress import Progress
 from ..qemu import hugepages, outgoing, settings
@@ -76,7 +76,7 @@ class Snapshot(Dump):
             self._write_down(state)
             no_more_signals()
         except BaseException as error:
-            raise self._put_back(error) from error
+            raise self._failed(error) from error
         with contextlib.suppress(Refused):
             with_retry(self._plan.path, self._migration.saved.put_back)
         self._leave_guard()
@@ -91,20 +91,23 @@ class Snapshot(Dump):
         ours = self._ours.fileno()
         return ours, lambda: drain(self._plan.path, ours)
 
-    def _put_back(self, error: BaseException) -> BaseException:
+    def _failed(self, error: BaseException) -> BaseException:
         no_more_signals()
         if self._talk:
             with discarding(self._ours.fileno()):
                 self._talk.join()
             if self._talk.error and not isinstance(error, Stopped):
                 error = self._talk.error
+        # Undone first, but for the sink, which must not take a part for the whole meanwhile.
+        self._rollback.keep("the sink")
+        self._rollback.add("the snapshot", self._end_snapshot)
+        self._rollback.add("the sink", self._let_go_of_the_sink)
+        return super()._failed(error)
+
+    def _end_snapshot(self) -> None:
         self._theirs.close()
-        # A sink that is to be ended must not take a part for the whole meanwhile.
-        self._let_go_of_the_sink()
         if self._migration.begun:
-            with contextlib.suppress(VmstateError):
-                drain(self._plan.path, self._ours.fileno(), self._migration.saved)
-        return super()._put_back(error)
+            drain(self._plan.path, self._ours.fileno(), self._migration.saved)
 
     def _send(self) -> State:
         self._guard.watch()

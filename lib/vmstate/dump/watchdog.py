@@ -22,6 +22,7 @@ from ..io.pipeline import end_group
 if TYPE_CHECKING:
     from ..qemu.monitor import Monitor
     from ..qemu.state import GuestState
+    from ..rollback import Rollback
 
 WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT)
@@ -137,7 +138,7 @@ def _guard(control: int, duty: _Duty) -> None:
     if duty.group is not None:
         end_group(duty.group)
     _close_held(duty)
-    _put_back(duty, begun)
+    _rollback(duty, begun).undo()
 
 
 def _close_held(duty: _Duty) -> None:
@@ -146,20 +147,25 @@ def _close_held(duty: _Duty) -> None:
     duty.held = None
 
 
-def _put_back(duty: _Duty, begun: bool) -> None:
+def _rollback(duty: _Duty, begun: bool) -> "Rollback":
+    from ..rollback import Rollback
+
+    rollback = Rollback(f"vm-status {duty.path}")
+    if duty.undo and begun:
+        rollback.add("the disks", duty.undo)
+    rollback.add("the guest", lambda: _put_guest_back(duty))
+    if duty.snapshot and begun:
+        rollback.add("the snapshot", duty.snapshot[1])
+    return rollback
+
+
+def _put_guest_back(duty: _Duty) -> None:
+    """However long that takes: the wait ends with the QEMU."""
     from ..qemu import settings, state
 
-    with contextlib.suppress(Exception):
-        if duty.snapshot and begun:
-            duty.snapshot[1]()
-    with contextlib.suppress(Exception):
-        # However long that takes: the wait ends with the QEMU.
-        state.wait_for(duty.path, _is_over, state.FOR_EVER, "to end its migration", slowest=0.5)
-        _resume(duty)
-        state.with_retry(duty.path, lambda monitor: settings.clear_leftovers(monitor, duty.owner), state.FOR_EVER)
-    with contextlib.suppress(Exception):
-        if duty.undo and begun:
-            duty.undo()
+    state.wait_for(duty.path, _is_over, state.FOR_EVER, "to end its migration", slowest=0.5)
+    _resume(duty)
+    state.with_retry(duty.path, lambda monitor: settings.clear_leftovers(monitor, duty.owner), state.FOR_EVER)
 
 
 def _resume(duty: _Duty) -> None:

@@ -1,9 +1,9 @@
 """Create a checkpoint (`vm-dump --disks`): disks of the instant of the RAM, and the manifest of both."""
 
 import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CannotDo
 from ..qemu import state
@@ -15,8 +15,7 @@ from .disks import INTERNAL, PointInTime, drop, merge, over, writable
 from .qemu_img import overlays_of
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """tag, mode: of the point in time.  manifest: the file to write, or None."""
 
     tag: str
@@ -56,6 +55,7 @@ class Checkpoint:
                 machine=state.machine,
                 disks=manifest.entries(self._point, goes_on),
                 state=os.path.realpath(out) if out else None,
+                made=time.time(),
                 **self._facts,
             ),
         )

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,8 +26,7 @@ TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 ANOTHER = "choose another tag, or take that one away"
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(NamedTuple):
     """device, node: QEMU's names of it ('' where it has none).  chain: its image, and all below; format: of the image.
     overlay: the file of the point in time, in that mode.  size: in bytes, as the guest has it.  snapshots: those within
     the image, by name.  known: the image as QEMU calls it."""
@@ -122,7 +120,7 @@ class PointInTime:
         self.then: dict[str, os.stat_result] = {}
         self.disks = disks
         if mode == OVERLAY:
-            self.disks = [replace(disk, overlay=f"{stem(disk.chain)}.{tag}.qcow2") for disk in disks]
+            self.disks = [disk._replace(overlay=f"{stem(disk.chain)}.{tag}.qcow2") for disk in disks]
         names = [disk.overlay for disk in self.disks if disk.overlay]
         for disk in self.disks:
             _require_possible(disk, mode, tag)

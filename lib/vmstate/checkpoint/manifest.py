@@ -2,9 +2,7 @@
 
 import json
 import os
-import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CannotDo, Damaged, Misfit
 from ..fields import Fields
@@ -21,8 +19,7 @@ LONGEST = 4 << 20
 ABSOLUTE = "/[^\\0]*"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A disk: `image` was frozen under `overlay`, or has an internal snapshot; format and size of the image.
 
     chain: the images below it.  bytes, written: of the image's file, as it was left; seconds since 1970.
@@ -39,8 +36,7 @@ class Entry:
     written: float
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """identity: of the state.  run: whether the guest ran.  command: of its QEMU."""
 
     tag: str
@@ -53,7 +49,11 @@ class Manifest:
     nics: list[dict[str, Any]]
     disks: list[Entry]
     state: str | None = None
-    made: float = field(default_factory=time.time)
+    made: float = 0.0
+
+    def values(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self._asdict(), "disks": [disk._asdict() for disk in self.disks]}
 
 
 def entries(point: disks.PointInTime, goes_on: bool) -> list[Entry]:
@@ -86,7 +86,7 @@ def write(path: str, manifest: Manifest) -> None:
     """It appears whole, or not at all."""
     output = Output(path, text=True)
     try:
-        text = json.dumps({"kind": KIND, "version": VERSION, **asdict(manifest)}, indent=2) + "\n"
+        text = json.dumps({"kind": KIND, "version": VERSION, **manifest.values()}, indent=2) + "\n"
         write_all(output.fd, text.encode())
         output.settle()
     except OSError as error:

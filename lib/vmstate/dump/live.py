@@ -6,9 +6,8 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 import errno
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError
 from ..io.descriptors import channel, file_of
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from ..checkpoint.create import Checkpoint, Wish
 
 
-@dataclass(frozen=True)
-class DumpPlan:
+class DumpPlan(NamedTuple):
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file.
 
     disks: they are to belong to it, as of the same instant, in which the guest stands.  live_anyway: do not pause the

@@ -13,8 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ..errors import CannotDo, Refused
 from ..io.pipeline import end_group
@@ -33,17 +32,16 @@ TRIES = (1, 5, 25, 0)
 Drain = tuple[int, Callable[[], None]]
 
 
-@dataclass
-class _Duty:
+class _Duty(NamedTuple):
     """What the child keeps in mind, as `Guard` was given it."""
 
     path: str
     owner: str
-    move: str | None = None
-    group: int | None = None
-    held: int | None = None
-    snapshot: Drain | None = None
-    undo: Callable[[], None] | None = None
+    move: str | None
+    group: int | None
+    held: int | None
+    snapshot: Drain | None
+    undo: Callable[[], None] | None
 
 
 class Guard:
@@ -125,26 +123,26 @@ def _close_all_but(kept: set[int]) -> None:
 
 
 def _guard(control: int, duty: _Duty) -> None:
-    begun = False
+    begun, held = False, duty.held
     while word := os.read(control, 1):
         if word == DONE:
             return
         if word == WATCH:
             begun = True
         if word == KEEP:
-            duty.undo = None
+            duty = duty._replace(undo=None)
         if word == LET_GO:
-            _close_held(duty)
+            _close(held)
+            held = None
     if duty.group is not None:
         end_group(duty.group)
-    _close_held(duty)
+    _close(held)
     _rollback(duty, begun).undo()
 
 
-def _close_held(duty: _Duty) -> None:
-    if duty.held is not None:
-        os.close(duty.held)
-    duty.held = None
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
 
 
 def _rollback(duty: _Duty, begun: bool) -> "Rollback":

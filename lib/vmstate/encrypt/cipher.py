@@ -6,8 +6,8 @@ verdict.  What a changed message can look like counts as one: a wrong passphrase
 
 import os
 import signal
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ..errors import Damaged, Stopped
 from ..io.descriptors import HOLD, kind
@@ -22,14 +22,13 @@ from .verdict import Signature, check_encryption, decryption_error, is_cut, sign
 OURS = ["-z", "0", "--no-armor", "--no-auto-key-locate", "--cipher-algo", "AES256"]
 
 
-@dataclass(frozen=True)
-class Receivers:
+class Receivers(NamedTuple):
     """Whom a message is for: keys by name, and whoever knows the passphrase.  signer: the name of the key that signs.
 
     trust: gpg's trust model, None for its own.
     """
 
-    names: list[str] = field(default_factory=list)
+    names: Sequence[str] = ()
     passphrase: bool = False
     signer: str | None = None
     trust: str | None = None

@@ -10,9 +10,8 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from subprocess import DEVNULL, PIPE, Popen, run
-from typing import Any
+from typing import Any, NamedTuple
 
 import gnupg
 
@@ -43,8 +42,7 @@ def _english() -> dict[str, str]:
     return {**env, "LC_CTYPE": ctype, "LC_MESSAGES": "C"}
 
 
-@dataclass(frozen=True)
-class Means:
+class Means(NamedTuple):
     """What gpg works with: its home, and the passphrase for whatever asks for one; None: gpg's own, and its agent."""
 
     home: str | None = None

@@ -4,8 +4,7 @@ Nothing is decrypted, and nothing that is found here is proven: who can change t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import Damaged
 from ..io.readers import Reader
@@ -38,26 +37,23 @@ MODES = {1: "EAX", 2: "OCB", 3: "GCM"}
 ALGORITHMS = {1: "RSA", 2: "RSA", 8: "Kyber", 16: "ElGamal", 18: "ECDH", 25: "X25519", 26: "X448"}
 
 
-@dataclass(frozen=True)
-class Receiver:
+class Receiver(NamedTuple):
     """key: the id or fingerprint of a key, 'hidden' where the message does not tell; None: a passphrase."""
 
     key: str | None
     algorithm: str
 
 
-@dataclass
 class Message:
     """cipher: None where it is not visible.  integrity: 'MDC', 'AEAD' or 'none'.  encrypted: bytes of data in it."""
 
-    receivers: list[Receiver] = field(default_factory=list)
-    packet: str = ""
-    cipher: str | None = None
-    integrity: str = "none"
-    mode: str | None = None
-    size: int = 0
-    encrypted: int = 0
-    pieces: int = 0
+    def __init__(self) -> None:
+        self.receivers: list[Receiver] = []
+        self.packet = ""
+        self.cipher: str | None = None
+        self.integrity = "none"
+        self.mode: str | None = None
+        self.size = self.encrypted = self.pieces = 0
 
     def values(self) -> dict[str, Any]:
         """For JSON; `signed` is what nobody knows before it is decrypted."""

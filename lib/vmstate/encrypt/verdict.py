@@ -1,6 +1,6 @@
 """What gpg's status lines mean: the error that a message deserves, and who has signed it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import CannotDo, Damaged, VmstateError
 from . import keys
@@ -19,8 +19,7 @@ NO_PUBKEY = "9"  # doc/DETAILS, ERRSIG
 AGENT = "gpg's agent must be able to ask for its passphrase: export GPG_TTY=$(tty)"
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """state: good, expired or revoked (the key is), unknown (there is no key to check it with) or bad."""
 
     state: str

@@ -1,7 +1,6 @@
 """What is in a state, as values for a person or a program: RAM, devices, vCPUs, cards, and how two states differ."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +26,11 @@ COMMANDS = {
 }
 
 
-@dataclass
 class Survey:
     """A whole state that has been looked through; prints: None where the pages themselves were not."""
 
-    state: State
-    prints: Fingerprints | None
+    def __init__(self, state: State, prints: Fingerprints | None) -> None:
+        self.state, self.prints = state, prints
 
     @cached_property
     def devices(self) -> list[Device]:
@@ -141,15 +139,14 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-@dataclass
 class Difference:
     """pages: by block, first page and number of pages of each run that differs; None where only one has the block.
 
     fields: (device, path, value of the one, value of the other); a value is None where there is none.
     """
 
-    pages: dict[str, list[tuple[int, int]] | None]
-    fields: list[tuple[str, str, Any, Any]]
+    def __init__(self, pages: dict[str, list[tuple[int, int]] | None], fields: list[tuple[str, str, Any, Any]]) -> None:
+        self.pages, self.fields = pages, fields
 
     def values(self) -> dict[str, Any]:
         fields = [

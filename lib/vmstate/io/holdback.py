@@ -10,7 +10,6 @@ import fcntl
 import os
 import select
 from collections import deque
-from dataclasses import dataclass
 
 from .descriptors import BLOCK, EVEN, F_SETPIPE_SZ, SPLICE_F_NONBLOCK, memory, splice, wait, write_all
 from .readers import FdReader
@@ -55,15 +54,10 @@ class Ring:
         return self._view[at : at + min(ready, self.size - at)]
 
 
-@dataclass
 class _Pipe:
-    reading: int
-    writing: int
-    bytes: int = 0
-
-    @classmethod
-    def make(cls) -> "_Pipe":
-        return cls(*os.pipe())
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+        self.bytes = 0
 
 
 class Pipes:
@@ -80,7 +74,7 @@ class Pipes:
         self._free: list[_Pipe] = []
         try:
             for _ in range(-(-size // BLOCK) + 1):
-                self._free.append(_Pipe.make())
+                self._free.append(_Pipe())
                 fcntl.fcntl(self._free[-1].writing, F_SETPIPE_SZ, BLOCK)
         except OSError:
             self.close()
@@ -96,7 +90,7 @@ class Pipes:
                 count = os.splice(fd, newest.writing, BLOCK, flags=SPLICE_F_NONBLOCK)
             except BlockingIOError:
                 # A pipe has room for so many pieces, of whatever size.
-                self._row.append(self._free.pop() if self._free else _Pipe.make())
+                self._row.append(self._free.pop() if self._free else _Pipe())
                 continue
             newest.bytes += count
             self.came += count

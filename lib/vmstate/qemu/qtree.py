@@ -5,7 +5,6 @@ numbered, as in a QEMU that waits for a guest.
 """
 
 import re
-from dataclasses import dataclass, field
 
 _DEV = re.compile(r'dev: (.*?), id "(.*)"')
 _PCI = re.compile(r"class .*, addr ([0-9a-f]+):([0-9a-f]{2}\.[0-9a-f]), pci id ([0-9a-f]{4}:[0-9a-f]{4})\b.*")
@@ -15,19 +14,14 @@ _VALUE = re.compile(r'(\S+) = "?(.*?)"?(?: \(0x[0-9a-f]+\))?')
 PLACES = ("unit", "channel", "scsi-id", "lun", "nr")
 
 
-@dataclass
 class _Node:
     """A device or, with a `name`, a bus."""
 
-    depth: int
-    above: "_Node | None"
-    type: str = ""
-    id: str = ""
-    name: str = ""
-    pci: str = ""
-    address: str = ""
-    drive: str = ""
-    place: dict[str, str] = field(default_factory=dict)
+    def __init__(self, depth: int, above: "_Node | None", *, type: str = "", id: str = "", name: str = "") -> None:  # noqa: A002 - QEMU's names
+        self.depth, self.above = depth, above
+        self.type, self.id, self.name = type, id, name
+        self.pci = self.address = self.drive = ""
+        self.place: dict[str, str] = {}
 
 
 def devices(text: str) -> list[dict[str, str]]:

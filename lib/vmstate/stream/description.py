@@ -9,8 +9,7 @@ Source of the format: migration/savevm.c (qemu_savevm_state_complete_precopy), m
 
 import json
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import Damaged
 from ..io.descriptors import HOLD
@@ -22,8 +21,7 @@ FOOTER = bytes((constants.QEMU_VM_SECTION_FOOTER,))
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error)
 
 
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """The end of a state.  Sizes are bytes; `devices` counts the device sections that were found before the end mark.
 
     tail: from the first of those sections to the end of the state.  runstate: that of the guest when it was saved.
@@ -78,8 +76,7 @@ def validate_end(data: bytes) -> End:
     return end
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A device section: name, instance and version as in its header, its fields, and its description ({}: none)."""
 
     name: str

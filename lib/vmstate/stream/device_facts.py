@@ -9,8 +9,7 @@ hw/virtio/virtio.c (virtio_save), hw/virtio/virtio-pci.c, hw/virtio/virtio-mmio.
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .device_values import Device, Field, Struct, find_field
 
@@ -29,8 +28,7 @@ CAPABILITIES = 0x34
 EXPRESS, MSIX = 0x10, 0x11
 
 
-@dataclass(frozen=True)
-class Virtio:
+class Virtio(NamedTuple):
     """What virtio_save wrote.
 
     pci: the configuration space of the function; None on virtio-mmio.  features: the low 32 of those in use.

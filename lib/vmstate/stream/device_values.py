@@ -1,13 +1,11 @@
 """The fields of a device as values: found by their path, and as JSON."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 NULL = b"0"  # in place of what a null pointer of an array would point to
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One field: `size` bytes at `offset` of the payload, all elements together.
 
     type: QEMU's own name, such as "uint32", "struct", "buffer", "pci config".
@@ -22,8 +20,7 @@ class Field:
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Struct:
+class Struct(NamedTuple):
     """A description of QEMU (vmsd) and the fields that it wrote, in the order of the stream."""
 
     name: str
@@ -39,8 +36,7 @@ class Struct:
         return sum(field.size for field in self.fields) + below
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """One device section; `size` is that of its payload `raw`, in bytes.
 
     version: 0 where the description does not tell, which is so for old-style devices.

@@ -4,34 +4,28 @@
 Views of bytes are good until the next record is asked for.
 """
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .constants import PAGE_BITS
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    offset: int = field(compare=False, kw_only=True, default=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Start(Record):
+class Start(NamedTuple):
     """Magic and version (3)."""
 
     version: int
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Subsection:
+class Subsection(NamedTuple):
     name: bytes
     version: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Configuration(Record):
+class Configuration(NamedTuple):
     machine: bytes
     parts: tuple[Subsection, ...]
+    offset: int = 0
 
     def part(self, name: bytes) -> bytes | None:
         """The bytes of the subsection configuration/NAME."""
@@ -48,17 +42,16 @@ class Configuration(Record):
         return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class Command(Record):
+class Command(NamedTuple):
     """number: MIG_CMD_*; data: what follows its header; package: what follows the command PACKAGED, else None."""
 
     number: int
     data: bytes
     package: bytes | None = None
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Section(Record):
+class Section(NamedTuple):
     """The header of a section.  tag: QEMU_VM_SECTION_*; name, instance and version are None in PART and END."""
 
     tag: int
@@ -66,15 +59,15 @@ class Section(Record):
     name: bytes | None = None
     instance: int | None = None
     version: int | None = None
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Footer(Record):
+class Footer(NamedTuple):
     number: int
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """A RAM block: bytes used; page_size and address only where the stream has them."""
 
     name: bytes
@@ -87,16 +80,15 @@ class Block:
         return self.name.decode("utf-8", "backslashreplace")
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks(Record):
+class Blocks(NamedTuple):
     """The list of RAM blocks; total bytes."""
 
     total: int
     blocks: tuple[Block, ...]
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Pages(Record):
+class Pages:
     """Pages of one block in the order of the stream.
 
     zero: all are zero, else their content is in the stream.  named: the first has the block's name before it.
@@ -104,12 +96,20 @@ class Pages(Record):
     begins at `first` and then every `stride` bytes.
     """
 
-    block: Block
-    zero: bool
-    named: bool
-    runs: tuple[tuple[int, int], ...]
-    page: int
-    raw: memoryview = field(compare=False)
+    __slots__ = ("block", "named", "offset", "page", "raw", "runs", "zero")
+
+    def __init__(
+        self,
+        block: Block,
+        zero: bool,
+        named: bool,
+        runs: tuple[tuple[int, int], ...],
+        page: int,
+        raw: memoryview,
+        offset: int = 0,
+    ) -> None:
+        self.block, self.zero, self.named = block, zero, named
+        self.runs, self.page, self.raw, self.offset = runs, page, raw, offset
 
     @property
     def count(self) -> int:
@@ -124,8 +124,7 @@ class Pages(Record):
         return 8 + (1 if self.zero else self.page)
 
 
-@dataclass(frozen=True, slots=True)
-class Packed(Record):
+class Packed(NamedTuple):
     """One page as a difference from what was sent before (flag XBZRLE), or packed by zlib (flag COMPRESS_PAGE)."""
 
     block: Block
@@ -134,45 +133,64 @@ class Packed(Record):
     address: int
     data: bytes
     page: int = 1 << PAGE_BITS
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class EndOfBody(Record):
+class EndOfBody(NamedTuple):
     """The last record of a RAM section's body."""
 
+    offset: int = 0
 
-@dataclass(frozen=True, slots=True)
-class Bitmap(Record):
+
+class Bitmap(NamedTuple):
     """A record of the section dirty-bitmap: flags DIRTY_BITMAP_*, names where it has them, and what follows them."""
 
     flags: int
     node: bytes | None = None
     name: bytes | None = None
     data: bytes = b""
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Opaque(Record):
+class Opaque(NamedTuple):
     """The body of an iterable section whose layout is not known here."""
 
     data: bytes
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Devices(Record):
+class Devices(NamedTuple):
     """Device sections, whose sizes only the description tells; early: those before RAM (virtio-mem)."""
 
     data: bytes
     early: bool
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class EndMark(Record):
-    pass
+class EndMark(NamedTuple):
+    offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Description(Record):
+class Description(NamedTuple):
     """The JSON behind the end mark."""
 
     data: bytes
+    offset: int = 0
+
+
+Record = (
+    Start
+    | Configuration
+    | Command
+    | Section
+    | Footer
+    | Blocks
+    | Pages
+    | Packed
+    | EndOfBody
+    | Bitmap
+    | Opaque
+    | Devices
+    | EndMark
+    | Description
+)

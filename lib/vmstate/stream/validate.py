@@ -6,7 +6,6 @@ block, the device sections against the description, nothing behind the end.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import Damaged
@@ -34,7 +33,6 @@ SPARSE_LIMIT = 128 << 20
 RESUME = "this is the channel of a postcopy move: no whole state is in it"
 
 
-@dataclass
 class State:
     """What a stream holds.
 
@@ -42,21 +40,20 @@ class State:
     background: saved by background-snapshot.
     """
 
-    machine: str = ""
-    capabilities: tuple[str, ...] = ()
-    uuid: bytes | None = None
-    page: int = 1 << constants.PAGE_BITS
-    commands: list[int] = field(default_factory=list)
-    maps: dict[bytes, PageMap] = field(default_factory=dict)
-    sections: list[str] = field(default_factory=list)
-    rounds: int = 0
-    deltas: int = 0
-    packed: int = 0
-    background: bool = False
-    parts: list[Part] = field(default_factory=list)
-    description: dict[str, Any] = field(default_factory=dict)
-    runstate: str = ""
-    size: int = 0
+    def __init__(self) -> None:
+        self.machine = ""
+        self.capabilities: tuple[str, ...] = ()
+        self.uuid: bytes | None = None
+        self.page = 1 << constants.PAGE_BITS
+        self.commands: list[int] = []
+        self.maps: dict[bytes, PageMap] = {}
+        self.sections: list[str] = []
+        self.rounds = self.deltas = self.packed = 0
+        self.background = False
+        self.parts: list[Part] = []
+        self.description: dict[str, Any] = {}
+        self.runstate = ""
+        self.size = 0
 
 
 class Validator:

@@ -1,7 +1,6 @@
 """Manifests of checkpoints, and what is derived from names of images."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 def changed(tmp_path: Path, **values: Any) -> str:
     path = tmp_path / "m"
-    text = {"kind": manifest.KIND, "version": manifest.VERSION, **asdict(made(tmp_path)), **values}
+    text = {"kind": manifest.KIND, "version": manifest.VERSION, **made(tmp_path).values(), **values}
     path.write_text(json.dumps(text))
     return str(path)
 
@@ -71,7 +70,7 @@ def test_bytes_that_are_none(tmp_path: Path) -> None:
 
 
 def test_an_image_without_its_whole_path(tmp_path: Path) -> None:
-    disk = asdict(made(tmp_path).disks[0])
+    disk = made(tmp_path).disks[0]._asdict()
     with pytest.raises(Damaged, match=r"field 'disks\[0\].image': expected .*, found 'a.qcow2'"):
         manifest.read(changed(tmp_path, disks=[{**disk, "image": "a.qcow2"}]))
 

@@ -96,7 +96,9 @@ def indexed(sent: list[Sent]) -> page_index.BlockIndex:
                 page_map.mark(address, count, record.zero)
         elif isinstance(record, Packed):
             page_map.mark(record.address, 1, False)
-    made = places.records(State(maps={RAM.name: page_map}))
+    state = State()
+    state.maps = {RAM.name: page_map}
+    made = places.records(state)
     found = page_index.parse_blocks(
         {file_format.REC_BLOCK: [data for kind, data in made if kind == file_format.REC_BLOCK]}, 0
     )[RAM.name]

@@ -4,7 +4,6 @@ An overlay lies beside the image that it freezes, as STEM.TAG.qcow2; an internal
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -217,6 +216,8 @@ def merge(path: str, overlay: str, image: str) -> bool:
 
     False where it does not write there.  Refused, CannotDo.
     """
+    import hashlib
+
     # One that was begun before, by somebody who is gone, is gone on with.
     job = "vmstate" + hashlib.sha256(overlay.encode()).hexdigest()[:16]
     if not with_retry(path, lambda monitor: _begin(monitor, overlay, image, job)):

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -44,6 +43,8 @@ def detach(log: str | None) -> Callable[[], None] | None:
 def _open(log: str | None) -> int:
     try:
         if log is None:
+            import tempfile
+
             with tempfile.TemporaryFile() as file:
                 return os.dup(file.fileno())
         return os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -13,10 +13,11 @@ from ..stream.devices import decode_part
 from ..stream.page_map import PageMap
 from ..stream.validate import State, validate
 from ..vmz.state_file import StateFile, state_of
-from .page_hash import DUPLICATE, Fingerprints, differing, kinds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from .page_hash import Fingerprints
 
 PAGES_LIMIT = 1 << 28
 COMMANDS = {
@@ -29,7 +30,7 @@ COMMANDS = {
 class Survey:
     """A whole state that has been looked through; prints: None where the pages themselves were not."""
 
-    def __init__(self, state: State, prints: Fingerprints | None) -> None:
+    def __init__(self, state: State, prints: "Fingerprints | None") -> None:
         self.state, self.prints = state, prints
 
     @cached_property
@@ -42,19 +43,25 @@ class Survey:
 
     @cached_property
     def kinds(self) -> "dict[bytes, NDArray[Any]]":
+        from .page_hash import kinds
+
         return kinds(self.maps, self.prints)
 
     def block_values(self, page_map: PageMap) -> dict[str, Any]:
         counts = page_map.count()
-        kind = self.kinds[page_map.block.name]
         return {
             "name": page_map.block.text,
             "bytes": page_map.block.size,
             "page": page_map.page,
             **counts,
-            "duplicate": int((kind == DUPLICATE).sum()) if self.prints else None,
+            "duplicate": self._duplicates(page_map) if self.prints else None,
             "resent": page_map.again,
         }
+
+    def _duplicates(self, page_map: PageMap) -> int:
+        from .page_hash import DUPLICATE
+
+        return int((self.kinds[page_map.block.name] == DUPLICATE).sum())
 
     def version(self) -> str:
         """What the state itself tells of the QEMU that wrote it."""
@@ -98,6 +105,8 @@ class Survey:
 
 def survey(source: Reader) -> Survey:
     """Look through a state; Damaged where it is not whole, CannotDo where a block has too many pages to be shown."""
+    from .page_hash import Fingerprints
+
     prints = Fingerprints()
     state = validate(source, see=prints.see)
     _require_shown(state)
@@ -161,6 +170,8 @@ class Difference:
 
 
 def difference(one: Survey, other: Survey) -> Difference:
+    from .page_hash import differing
+
     pages: dict[str, list[tuple[int, int]] | None] = {}
     maps = {page_map.block.name: page_map for page_map in one.maps}
     others = {page_map.block.name: page_map for page_map in other.maps}

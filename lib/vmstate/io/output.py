@@ -4,7 +4,6 @@ import contextlib
 import os
 import select
 import stat
-import tempfile
 
 from ..errors import CannotDo, WrongUsage
 from .descriptors import enlarge, kind, unread
@@ -36,8 +35,10 @@ class Output:
             return
         self._path = os.path.realpath(path)
         folder, name = os.path.split(self._path)
+        temporary = os.path.join(folder, f"{name}.{os.urandom(6).hex()}.part")
         try:
-            self.fd, self._temporary = tempfile.mkstemp(prefix=f"{name}.", suffix=".part", dir=folder)
+            self.fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._temporary = temporary
         except OSError as error:
             raise CannotDo(f"cannot create {path}: {error.strerror}") from error
 

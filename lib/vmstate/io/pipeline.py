@@ -3,10 +3,13 @@
 import contextlib
 import os
 import signal
-import subprocess
+from typing import TYPE_CHECKING
 
 from ..errors import CannotDo
 from .descriptors import enlarge
+
+if TYPE_CHECKING:
+    import subprocess
 
 
 class ShellPipeline:
@@ -16,6 +19,8 @@ class ShellPipeline:
     """
 
     def __init__(self, command: str, side: str, output: int | None = None) -> None:
+        import subprocess
+
         self.command = command
         self.side = side
         ours, theirs = os.pipe()[:: 1 if side == "source" else -1]

@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import tempfile
 from itertools import pairwise
 
 from ..deadline import Deadline
@@ -53,6 +52,8 @@ class Process:
         given = monitor_path(command)
         self.added = given is None
         if given is None:
+            import tempfile
+
             folder = tempfile.mkdtemp(prefix="vmstate-", dir=os.environ.get("XDG_RUNTIME_DIR"))
             given = os.path.join(folder, "guest.qmp")
             command = [*command, "-qmp", f"unix:{given},server=on,wait=off"]

@@ -75,6 +75,22 @@ def test_the_sink_dies_at_the_last_byte(guests: Guests, work: Path, less: int) -
     as_it_was(source)
 
 
+@pytest.mark.parametrize("mode", ["", "--stop"])
+def test_the_sink_fails_when_the_guest_runs_on_already(guests: Guests, work: Path, mode: str) -> None:
+    """With --after running it does not wait for the proof, which counts all the same."""
+    source = guests.running()
+    process = start(work, f"vm-dump {mode} --after running --to 'cat > s; touch t; sleep 5; exit 3' a.qmp 2> err")
+    try:
+        until(lambda: source.cmd("query-migrate").get("status") == "completed", 20, "all is sent")
+        until(source.running, 5, "the guest runs on")
+        assert process.poll() is None
+        assert process.wait(30) == 1
+    finally:
+        end(process)
+    assert "ended with status 3; the guest runs on" in Path(work, "err").read_text()
+    as_it_was(source)
+
+
 @pytest.mark.root
 def test_the_disk_is_full(guests: Guests, work: Path) -> None:
     source = guests.running()

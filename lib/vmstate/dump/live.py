@@ -3,19 +3,21 @@
 Here the part that talks to QEMU and the part that reads the stream meet.
 """
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError
+from ..errors import CannotDo, GuestGone, InDoubt, Refused, Stopped, VmstateError
 from ..io.descriptors import channel, file_of
 from ..io.output import Output
 from ..io.pipeline import ShellPipeline
 from ..progress import Progress
 from ..qemu import control, outgoing, settings, state
 from ..qemu.migration_progress import sample, words_of
+from ..qemu.monitor import Busy
 from ..report import Report, size_words
 from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
@@ -56,6 +58,8 @@ class Dump:
         self._mode = mode
         # The disks belong to a state that is whole, and stay so.
         self._kept = False
+        # QEMU has our word that all is well; the guest runs on already.
+        self._told = self._runs = False
         # Until the guest's state is on its way, so that `run` knows all that there is to undo.
         hold_signals()
         self._sink: Output | ShellPipeline = ShellPipeline(plan.to, "sink") if plan.to else Output(plan.out)
@@ -67,7 +71,9 @@ class Dump:
             self._ours, self._theirs = channel()
             self._disks = self._find_disks()
             self._guard = self._make_guard()
-            self._outgoing = Outgoing(self._ours, self._sink.fd, closing=settings.ON != self.CAPABILITIES)
+            live = settings.ON == self.CAPABILITIES
+            ended = self._run_on if live and plan.after == "running" else None
+            self._outgoing = Outgoing(self._ours, self._sink.fd, closing=not live, ended=ended)
         except BaseException:
             self._let_go_of_the_sink()
             raise
@@ -88,7 +94,8 @@ class Dump:
             self._write_down(state)
             # From here on there is nothing to put back: a signal comes too late.
             no_more_signals()
-            self._outgoing.answer(0)
+            if not self._told:
+                self._tell()
         except BaseException as error:
             raise self._failed(error) from error
         return self._finish(state)
@@ -104,7 +111,19 @@ class Dump:
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
         self._leave_guard()
-        return self._outcome(state, downtime, control.finish(path, self._plan.after))
+        return self._outcome(state, downtime, "running" if self._runs else control.finish(path, self._plan.after))
+
+    def _run_on(self) -> bool:
+        """All of it has come: the guest need not wait until that is proven, for it runs on also where it is not."""
+        # One that cannot run now, over a busy monitor or the lock of a disk image, is let run in the end.
+        with contextlib.suppress(Busy, Refused):
+            self._migration.run_on(self._tell)
+            self._runs = True
+        return self._told
+
+    def _tell(self) -> None:
+        self._outgoing.answer(0)
+        self._told = True
 
     def _find_disks(self) -> "Checkpoint | None":
         if not self._plan.disks:
@@ -126,7 +145,10 @@ class Dump:
     def _make_guard(self) -> Guard:
         group, held = (self._sink.group, self._sink.fd) if isinstance(self._sink, ShellPipeline) else (None, None)
         owner = self._migration.saved.owner
-        return Guard(self._plan.path, owner, group=group, held=held, snapshot=self._drain, undo=self._undo)
+        runs_on = self._plan.after == "running"
+        return Guard(
+            self._plan.path, owner, group=group, held=held, snapshot=self._drain, undo=self._undo, runs_on=runs_on
+        )
 
     def _send(self) -> State:
         take = self._disks.take if self._disks else None

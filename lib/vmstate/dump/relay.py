@@ -5,12 +5,13 @@ QEMU does not close its end when it has sent all, so the validator says where th
 """
 
 import socket
+from collections.abc import Callable
 
 from ..errors import CannotDo, Damaged
 from ..io.descriptors import kind, splice, write_all
 from ..stream import constants
 from ..stream.reader import StateReader
-from ..stream.records import Command
+from ..stream.records import Command, Devices
 from ..stream.validate import State, Validator
 
 
@@ -108,11 +109,21 @@ class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
 
     whole: the commands that ask for a return path stay.  closing: QEMU closes its end when it has sent all, for it has
-    no return path.
+    no return path.  ended: called once all has come,
+    before it is judged; whether it has given the guest away.
     """
 
-    def __init__(self, qemu: socket.socket, sink: int, *, whole: bool = False, closing: bool = False) -> None:
+    def __init__(
+        self,
+        qemu: socket.socket,
+        sink: int,
+        *,
+        whole: bool = False,
+        closing: bool = False,
+        ended: Callable[[], bool] | None = None,
+    ) -> None:
         self._qemu = qemu
+        self._ended = ended
         self._closing = closing
         self._whole = whole
         self._peeked = Peeked(qemu, sink)
@@ -131,6 +142,9 @@ class Outgoing:
         reader, validator = self._reader, Validator()
         try:
             for record in reader:
+                if self._ended and isinstance(record, Devices) and not record.early and self._peeked.quiet():
+                    # QEMU closes its end when it has been told that all is well.
+                    self._closing |= self._ended()
                 validator.see(record)
                 if isinstance(record, Command) and not self._whole:
                     self._see_command(record)

@@ -42,6 +42,7 @@ class _Duty(NamedTuple):
     held: int | None
     snapshot: Drain | None
     undo: Callable[[], None] | None
+    runs_on: bool
 
 
 class Guard:
@@ -51,7 +52,7 @@ class Guard:
     the move.
     group: the process group of the sink, or None.  held: the sink's input, to be kept open.
     snapshot: a descriptor, to be kept open, and what takes what QEMU still sends there before anything is put back.
-    undo: what else is to be undone, in the end.
+    undo: what else is to be undone, in the end.  runs_on: the guest is to run on once its state has been taken, too.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class Guard:
         held: int | None = None,
         snapshot: Drain | None = None,
         undo: Callable[[], None] | None = None,
+        runs_on: bool = False,
     ) -> None:
         theirs, self._ours = os.pipe()
         sys.stderr.flush()
         self._child = os.fork()
         if self._child == 0:
-            _be_the_guard(theirs, _Duty(path, owner, move, group, held, snapshot, undo))
+            _be_the_guard(theirs, _Duty(path, owner, move, group, held, snapshot, undo, runs_on))
         os.close(theirs)
 
     def watch(self) -> None:
@@ -185,10 +187,12 @@ def _settle(monitor: "Monitor", duty: _Duty) -> None:
     from ..qemu import control, markers, settings, state
 
     guest_state, left = state.query(monitor), settings.left_behind(monitor)
-    if not left or left.owner != duty.owner or not _is_over(guest_state) or guest_state.given_away:
+    if not left or left.owner != duty.owner or not _is_over(guest_state):
         # All is as it was, or another command has the guest now.
+        return
+    if guest_state.given_away and not duty.runs_on:
         return
     if markers.MOVED in markers.names(monitor):
         markers.keep(monitor, duty.move)
-    if left.stopped and guest_state.run in ("paused", "postmigrate"):
+    if (left.stopped and guest_state.run in ("paused", "postmigrate")) or guest_state.given_away:
         control.cont_announced(monitor)

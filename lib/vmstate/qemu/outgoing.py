@@ -15,6 +15,8 @@ from .state import BUSY, RUNS, GuestState, loses_pages, query, version_words, wa
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
+# How long a conversation may wait for the end of a migration that has sent everything, in seconds.
+SOON = 1.0
 
 
 def require_live(path: str, why: str, hint: str) -> None:
@@ -110,6 +112,8 @@ class OutgoingMigration:
         self.paused_first: str | None = None
         self.saved = SavedSettings()
         self._stopped = False
+        # It was given away for its state alone, and goes on here.
+        self._runs_on = False
         self.begun = False
         # QEMU has begun to send.
         self.sent = False
@@ -203,14 +207,39 @@ class OutgoingMigration:
 
     def completed(self) -> GuestState:
         """After the given-away word: wait for QEMU's `completed` and put back what was found."""
-        guest_state = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
+        guest_state = with_retry(self.path, self._over_soon)
+        if guest_state.moving:
+            guest_state = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
+            with contextlib.suppress(Refused):
+                with_retry(self.path, self.saved.put_back)
+        self._require_completed(guest_state)
+        return guest_state
+
+    def _over_soon(self, monitor: Monitor) -> GuestState:
+        """Where it stands, and if it is over, with what was found put back."""
+        guest_state = _until_over(monitor, SOON)
+        if guest_state.migration == "completed":
+            with contextlib.suppress(Refused):
+                self.saved.put_back(monitor)
+        return guest_state
+
+    def _require_completed(self, guest_state: GuestState) -> None:
         if guest_state.migration != "completed":
             self.take_back()
             said = f"'{guest_state.migration}': {guest_state.reason or 'no reason given'}"
             raise CannotDo(f"QEMU ended the migration as {said}")
-        with contextlib.suppress(Refused):
-            with_retry(self.path, self.saved.put_back)
-        return guest_state
+
+    def run_on(self, give_away: Callable[[], None]) -> None:
+        """Have QEMU complete, and its guest run on at once; `give_away` gives the word for it.
+
+        What was found is put back later.  Busy where another client holds the monitor: then nothing was done.
+        """
+        with Monitor(self.path) as monitor:
+            self._runs_on = True
+            give_away()
+            guest_state = _until_over(monitor, 60)
+            self._require_completed(guest_state)
+            run_on(monitor)
 
     def take_back(self) -> GuestState:
         """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
@@ -220,7 +249,7 @@ class OutgoingMigration:
     def taken_back(self, monitor: Monitor) -> GuestState:
         """The same within a conversation, once QEMU has noticed."""
         guest_state = query(monitor)
-        if guest_state.moving or guest_state.given_away:
+        if guest_state.moving or (guest_state.given_away and not self._runs_on):
             words = f"another migration of the guest at {self.path} has begun meanwhile ({guest_state.migration})"
             raise InDoubt(words, f"vm-status {self.path}")
         markers.keep(monitor, (self._mark or {}).get("move"))
@@ -228,10 +257,19 @@ class OutgoingMigration:
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)
         ours = guest_state.run == "postmigrate" or (guest_state.run == "paused" and self._stopped)
-        after = run_on(monitor) if self.saved.ran and ours else query(monitor)
+        after = run_on(monitor) if (self.saved.ran or self._runs_on) and ours else query(monitor)
         with contextlib.suppress(Refused):
             self.saved.put_back(monitor)
         return after
+
+
+def _until_over(monitor: Monitor, seconds: float) -> GuestState:
+    """Where a migration stands that has sent everything, once it is over or that has lasted too long."""
+    for _ in Deadline(seconds).tries(0.0005, 0.005):
+        guest_state = query(monitor)
+        if not guest_state.moving:
+            break
+    return guest_state
 
 
 def _run_on_once_kept(monitor: Monitor) -> None:

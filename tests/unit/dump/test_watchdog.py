@@ -189,3 +189,14 @@ def test_nothing_is_held_open(qemu: FakeQemu, path: str) -> None:
     dies(guard)
     qemu.migration = "none"
     ends(guard)
+
+
+@pytest.mark.parametrize("runs_on", [False, True])
+def test_a_guest_whose_state_was_taken_on_its_way(qemu: FakeQemu, path: str, runs_on: bool) -> None:
+    """Killed between the word for QEMU and its `cont`: only --after running has the guest run."""
+    saved = begun(path)
+    qemu.run, qemu.migration = "postmigrate", "completed"
+    dies(guard := Guard(path, saved.owner, runs_on=runs_on))
+    ends(guard)
+    assert qemu.run == ("running" if runs_on else "postmigrate")
+    assert qemu.objects == {}

@@ -67,5 +67,7 @@ def end_group(group: int, leader: "subprocess.Popen[bytes] | None" = None) -> No
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
     if leader is not None:
+        import subprocess
+
         with contextlib.suppress(subprocess.TimeoutExpired):
             leader.wait(5)

@@ -4,12 +4,9 @@ Here the part that talks to QEMU and the part that reads states meet: a server o
 """
 
 import contextlib
-import os
 import socket
 import time
 from dataclasses import dataclass, field
-
-import xxhash
 
 from ..checkpoint.revert import Revert
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Refused, VmstateError
@@ -25,15 +22,16 @@ from ..qemu.state import GuestState, odd_pages, query, query_once, wait_for, wit
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream.identity import identity
-from ..vmz import decompress
-from ..vmz.state_file import RawFile, StateFile, state_of
-from ..vmz.vmz_file import vmz_file
+from ..vmz.state_file import state_of
 from . import page_injection
 from .compatibility import Against
+from .lazy_state import open_state, opening_identity
 from .outcome import Outcome, nics_of
-from .page_server import Lost, PageServer, Place, ServedPages
+from .page_order import Place
+from .page_queue import ServedPages
+from .page_server import Lost, PageServer
 from .page_server_thread import Recovered, Serving, recover
-from .postcopy import NoIndex, NotLazy, Opening, have_of, opening_of
+from .postcopy import NotLazy, have_of, opening_of
 from .used_states import UsedStates
 
 # What may lie between us and QEMU: a request waits behind it.
@@ -59,35 +57,6 @@ class LazyPlan:
     sure: bool = False
     disks: Revert | None = None
     used: UsedStates | None = None
-
-
-def open_state(fd: int) -> StateFile:
-    """The state in the file that `fd` stands at the beginning of.
-
-    NoIndex where it cannot be read at random, Damaged where it is none.
-    """
-    try:
-        at = os.lseek(fd, 0, os.SEEK_CUR)
-        first = os.pread(fd, decompress.FIRST, at)
-    except OSError as error:
-        hint = "keep the state in a file: vm-restore --lazy GUEST < STATE.vmz"
-        raise NoIndex("a lazy restore reads its state here and there, and this input cannot seek", hint) from error
-    kind = decompress.recognise(first)
-    if file := vmz_file(fd):
-        return file
-    if kind == "state":
-        return RawFile(fd)
-    if not first:
-        raise Damaged("the input is empty")
-    if kind in ("zstd", "gzip", "bzip2", "xz", "libvirt"):
-        hint = "give it one: vm-compress -d FILE | vm-compress > STATE.vmz" if kind == "zstd" else "pack it as a .vmz"
-        raise NoIndex(f"{decompress.words_for(first)} has no index of its pages", hint)
-    raise Damaged(f"no state of a guest: found {decompress.words_for(first)} at offset 0", *decompress.hints_for(first))
-
-
-def opening_identity(opening: Opening) -> str:
-    """Tells one state from another, however they are packed: the devices hold the moment."""
-    return str(xxhash.xxh3_128_hexdigest(opening.head + opening.start + opening.devices))
 
 
 class Lazy:

@@ -2,8 +2,10 @@
 
 from ..errors import CannotDo, Damaged, InDoubt
 from ..vmz.state_file import state_of
-from .lazy import open_state
-from .page_server import Lost, PageServer, Place, ServedPages
+from .lazy_state import open_state
+from .page_order import Place
+from .page_queue import ServedPages
+from .page_server import Lost, PageServer
 from .page_server_thread import Serving
 from .postcopy import opening_of
 

@@ -5,10 +5,10 @@ import shutil
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..deadline import Deadline
 from ..errors import CannotDo, Stopped
 from ..qemu.monitor import Monitor
 from ..signals import hold_signals, release_signals
@@ -18,6 +18,8 @@ from .postcopy import Opening, ReturnPath, Said, command
 
 # How long a QEMU may take to answer on a channel that it takes up, in seconds.
 ANSWERS = 30.0
+# And how long until it listens there
+LISTENS = 10.0
 
 
 class Serving:
@@ -103,16 +105,15 @@ def recover(monitor: Monitor, opening: Opening) -> Recovered:
 def _connected(place: str) -> socket.socket:
     """QEMU listens there, or is about to."""
     end = socket.socket(socket.AF_UNIX)
-    give_up = time.monotonic() + 10
-    while True:
+    trouble = OSError()
+    for _ in Deadline(LISTENS).tries(0.01):
         try:
             end.connect(place)
             return end
         except OSError as error:
-            if time.monotonic() > give_up:
-                end.close()
-                raise CannotDo(f"QEMU does not take up its restore: {error.strerror}") from error
-            time.sleep(0.01)
+            trouble = error
+    end.close()
+    raise CannotDo(f"QEMU does not take up its restore: {trouble.strerror}") from trouble
 
 
 def _hear(found: Recovered, done: Callable[[Said], bool]) -> None:

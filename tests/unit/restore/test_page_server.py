@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from vm import until
 from vmstate.errors import CannotDo, Damaged
-from vmstate.restore.page_server import Lost, PageServer, Place
+from vmstate.restore.page_order import Place
+from vmstate.restore.page_server import Lost, PageServer
 from vmstate.restore.postcopy import PAGE, Opening, ReturnPath, have_of, opening_of
 from vmstate.stream import constants
 from vmstate.stream.reader import StateReader

@@ -1,0 +1,40 @@
+"""A state of which any page can be read: what a lazy restore takes."""
+
+import os
+
+import xxhash
+
+from ..errors import Damaged
+from ..vmz import decompress
+from ..vmz.state_file import RawFile, StateFile
+from ..vmz.vmz_file import vmz_file
+from .postcopy import NoIndex, Opening
+
+
+def open_state(fd: int) -> StateFile:
+    """The state in the file that `fd` stands at the beginning of.
+
+    NoIndex where it cannot be read at random, Damaged where it is none.
+    """
+    try:
+        at = os.lseek(fd, 0, os.SEEK_CUR)
+        first = os.pread(fd, decompress.FIRST, at)
+    except OSError as error:
+        hint = "keep the state in a file: vm-restore --lazy GUEST < STATE.vmz"
+        raise NoIndex("a lazy restore reads its state here and there, and this input cannot seek", hint) from error
+    kind = decompress.recognise(first)
+    if file := vmz_file(fd):
+        return file
+    if kind == "state":
+        return RawFile(fd)
+    if not first:
+        raise Damaged("the input is empty")
+    if kind in ("zstd", "gzip", "bzip2", "xz", "libvirt"):
+        hint = "give it one: vm-compress -d FILE | vm-compress > STATE.vmz" if kind == "zstd" else "pack it as a .vmz"
+        raise NoIndex(f"{decompress.words_for(first)} has no index of its pages", hint)
+    raise Damaged(f"no state of a guest: found {decompress.words_for(first)} at offset 0", *decompress.hints_for(first))
+
+
+def opening_identity(opening: Opening) -> str:
+    """Tells one state from another, however they are packed: the devices hold the moment."""
+    return str(xxhash.xxh3_128_hexdigest(opening.head + opening.start + opening.devices))

@@ -16,7 +16,7 @@ from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor
 from ..qemu.outgoing import NAME
 from ..qemu.settings import prepare
-from ..qemu.state import RUNS, GuestState, odd_pages, query, query_once
+from ..qemu.state import RUNS, GuestState, odd_pages, query, query_once, with_retry
 from ..report import Report
 from ..rollback import Rollback
 from ..signals import hold_signals, release_signals
@@ -98,9 +98,9 @@ class Lazy:
         run = self._state.state.runstate in RUNS if self._plan.run is None else self._plan.run
         self._require_fit(path)
         ours, theirs = channel(ROOM)
-        self._rollback.add("the channel", ours.close)
         guest = ServedGuest(path, self._state, self._plan, ours)
-        with Monitor(path) as monitor:
+        self._rollback.add("the channel", guest.close)
+        with theirs, Monitor(path) as monitor:
             require_waiting(monitor, path)
             hold_signals()
             self._set_up(monitor, guest, run)
@@ -131,7 +131,7 @@ class Lazy:
         try:
             prepare(monitor, ("postcopy-ram",), {"announce-rounds": 1} if silent else {}, guest.saved)
         except Refused as error:
-            guest.saved.put_back(monitor)
+            self._rollback.add("the settings of QEMU", lambda: _settings_back(guest))
             hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"
             raise NotLazy(f"this QEMU cannot load lazily here: {error.text}", hint, EAGER) from error
         markers.put(monitor, markers.LAZY, state=self._state.identity, on_demand=self._plan.on_demand)
@@ -146,6 +146,11 @@ class Lazy:
         if path and isinstance(found, VmstateError) and not isinstance(error, InDoubt):
             found.hints = (*found.hints, Waiting(path).outcome_text())
         return found
+
+
+def _settings_back(guest: ServedGuest) -> None:
+    with contextlib.suppress(GuestGone):
+        with_retry(guest.path, guest.saved.put_back)
 
 
 def _until_it_runs(monitor: Monitor, guest: ServedGuest, process: Process | None, run: bool) -> str:

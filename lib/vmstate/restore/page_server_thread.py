@@ -20,6 +20,8 @@ from .postcopy import Opening, ReturnPath, Said, command
 ANSWERS = 30.0
 # And how long until it listens there
 LISTENS = 10.0
+# How long a server may take to see that its channel was shut down.
+SEES = 5.0
 
 
 class Serving:
@@ -30,11 +32,14 @@ class Serving:
         self._hang_up = hang_up
         self.error: BaseException | None = None
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._first = b""
         self._told = False
 
     def start(self, first: bytes) -> None:
         """`first`: what the server is to send before anything else."""
-        threading.Thread(target=self._run, args=(first,), daemon=True).start()
+        self._first = first
+        self._thread.start()
 
     def wait(self, damaged: Callable[[], None]) -> BaseException | None:
         """What the server ended with, None where QEMU has everything.
@@ -59,9 +64,14 @@ class Serving:
         hold_signals()
         return self.error or self.server.damage
 
-    def _run(self, first: bytes) -> None:
+    def join(self) -> None:
+        """Its channel was shut down: until it uses it no more, if it was started."""
+        if self._thread.ident is not None:
+            self._ended.wait(SEES)
+
+    def _run(self) -> None:
         try:
-            self.server.run(first)
+            self.server.run(self._first)
         except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
             self.error = error
             self._hang_up()

@@ -78,6 +78,12 @@ class ServedGuest:
         """It is served nevertheless, and `wait` says so when that is done."""
         self._phase.go(Phase.PAUSED)
 
+    def close(self) -> None:
+        """Its channel ends, and before it the server: the number of a closed one may be another's."""
+        self._hang_up()
+        self._serving.join()
+        self._end.close()
+
     def wait(self) -> None:
         """Until QEMU has everything, or the guest is gone that was to be served as long as it lives.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ import pytest
 from vmstate import signals
 from vmstate.checkpoint.revert import Revert
 from vmstate.errors import CannotDo, InDoubt, Refused, Stopped
-from vmstate.qemu import markers
 from vmstate.report import Report
 from vmstate.restore import eager, lazy, lazy_resume
 from vmstate.restore.eager import Restore, RestorePlan
@@ -27,7 +25,7 @@ from vmstate.rollback import Rollback
 from vmstate.signals import PUT_BACK, release_signals, stop_on_signal
 from vmstate.stream.validate import State, validate
 
-from unit.qemu.fake_qemu import FakeQemu
+from unit.restore.target import Target
 from unit.streams import Pieces, state
 
 NAME = "microvm-10.0"
@@ -57,43 +55,6 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for number, handler in had.items():
         signal.signal(number, handler)
-
-
-class Target(FakeQemu):
-    """One that waits for the state, and has what is in it."""
-
-    def __init__(self, expected: State) -> None:
-        super().__init__()
-        self.run = "inmigrate"
-        self.objects["machine"] = f"{expected.machine}-machine"
-        self._blocks = {page_map.block.text: page_map.block.size for page_map in expected.maps.values()}
-        self._vcpus = sum(part.name == "cpu_common" for part in expected.parts)
-        # Whether it has what a lazy restore needs
-        self.userfaultfd = True
-
-    def x_query_ramblock(self) -> dict[str, str]:
-        rows = [f"{name}    4 KiB  0x0 0x{size:x} 0x{size:x} 0x0" for name, size in self._blocks.items()]
-        return {"human-readable-text": "\n".join(rows)}
-
-    def query_cpus_fast(self) -> list[dict[str, Any]]:
-        return [{}] * self._vcpus
-
-    def query_memdev(self) -> list[dict[str, Any]]:
-        return []
-
-    def human_monitor_command(self, command_line: str) -> str:
-        return ""
-
-    def migrate_set_capabilities(self, capabilities: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.userfaultfd and {"capability": "postcopy-ram", "state": True} in capabilities:
-            raise KeyError("userfaultfd, not today")
-        return super().migrate_set_capabilities(capabilities)
-
-    def stop(self) -> dict[str, Any]:
-        return {}
-
-    def cont(self) -> dict[str, Any]:
-        return {}
 
 
 @dataclass
@@ -193,7 +154,9 @@ def job(qemu: Target, path: str, work: Path, monkeypatch: pytest.MonkeyPatch) ->
             plan = RestorePlan(guest, command, source=f"cat {work / 's'}", disks=disks)
             made.run = lambda: Restore(plan, report, "off").run()
         elif kind == "resume":
-            lost(qemu, lazy_state(file.fileno()).identity)
+            # Its server could not read its pages, and it does not go on.
+            qemu.lost(lazy_state(file.fileno()).identity, halted=True)
+            qemu.refuses["cont"] = "not today"
             made.run = lambda: Lazy(LazyPlan(path, resume=True), report, file.fileno()).start()
         else:
             made.run = lambda: Lazy(LazyPlan(guest, command, disks=disks), report, file.fileno()).start()
@@ -203,14 +166,6 @@ def job(qemu: Target, path: str, work: Path, monkeypatch: pytest.MonkeyPatch) ->
     file.close()
     for end in ends:
         end.close()
-
-
-def lost(qemu: FakeQemu, identity: str) -> None:
-    """It has lost its server, which could not read its pages; it does not go on."""
-    qemu.run, qemu.migration = "paused", "postcopy-paused"
-    qemu.objects[markers.LAZY] = json.dumps({"state": identity})
-    qemu.objects[markers.HALTED] = "{}"
-    qemu.refuses["cont"] = "not today"
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -269,7 +224,7 @@ def stopped() -> None:
     release_signals()
 
 
-def test_what_can_only_be_restored_as_a_whole(job: Make, qemu: FakeQemu) -> None:
+def test_what_can_only_be_restored_as_a_whole(job: Make, qemu: Target) -> None:
     """Its settings are as before.  A signal waits: what comes next may be an eager restore, which it ends."""
     signal.signal(signal.SIGTERM, stop_on_signal)
     qemu.capabilities["xbzrle"] = True

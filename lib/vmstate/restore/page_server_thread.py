@@ -20,8 +20,8 @@ from .postcopy import Opening, ReturnPath, Said, command
 ANSWERS = 30.0
 # And how long until it listens there
 LISTENS = 10.0
-# How long a server may take to see that its channel was shut down.
-SEES = 5.0
+# How long a server may take to see that its channel was shut down
+LEAVES = 5.0
 
 
 class Serving:
@@ -67,7 +67,7 @@ class Serving:
     def join(self) -> None:
         """Its channel was shut down: until it uses it no more, if it was started."""
         if self._thread.ident is not None:
-            self._ended.wait(SEES)
+            self._ended.wait(LEAVES)
 
     def _run(self) -> None:
         try:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .errors import InDoubt, Stopped
-from .signals import no_more_signals
+from .signals import hold_signals, no_more_signals
 
 
 class Trouble(NamedTuple):
@@ -43,9 +43,15 @@ class Rollback:
     def names(self) -> list[str]:
         return [step.name for step in self._steps]
 
-    def undo(self) -> list[Trouble]:
-        """All of it, each step once; a signal does not interrupt it."""
-        no_more_signals()
+    def undo(self, goes_on: bool = False) -> list[Trouble]:
+        """All of it, each step once; a signal does not interrupt it.
+
+        goes_on: it is done in another way now, so that a signal waits until that lets it come.
+        """
+        if goes_on:
+            hold_signals()
+        else:
+            no_more_signals()
         while self._steps:
             step = self._steps.pop()
             try:
@@ -54,9 +60,9 @@ class Rollback:
                 self.trouble.append(Trouble(step.name, error))
         return self.trouble
 
-    def run(self, error: BaseException) -> BaseException:
+    def run(self, error: BaseException, goes_on: bool = False) -> BaseException:
         """`undo` over an error; the one to raise: that one, or InDoubt with both where a step could not be undone."""
-        self.undo()
+        self.undo(goes_on)
         return self.in_doubt(error) if self.trouble else error
 
     def in_doubt(self, error: BaseException) -> InDoubt:

@@ -5,6 +5,7 @@ import signal
 import pytest
 from vmstate.errors import CannotDo, GuestGone, InDoubt, Stopped
 from vmstate.rollback import Rollback, Trouble
+from vmstate.signals import release_signals, stop_on_signal
 
 
 def fails(error: Exception) -> None:
@@ -66,3 +67,17 @@ def test_a_signal_does_not_interrupt_it() -> None:
     rollback.add("before", lambda: signal.raise_signal(signal.SIGTERM))
     rollback.undo()
     assert done == ["it"]
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_waits_for_what_is_done_instead() -> None:
+    signal.signal(signal.SIGTERM, stop_on_signal)
+    rollback = Rollback("look there")
+    done: list[str] = []
+    rollback.add("it", lambda: done.append("it"))
+    rollback.add("before", lambda: signal.raise_signal(signal.SIGTERM))
+    error = CannotDo("not in this way")
+    assert rollback.run(error, goes_on=True) is error
+    assert done == ["it"]
+    with pytest.raises(Stopped):
+        release_signals()

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..io.descriptors import BLOCK, channel, memory
 from ..qemu.monitor import Monitor
-from ..qemu.outgoing import require_sendable
+from ..qemu.sendable import require_sendable
 from ..qemu.state import ram_blocks
 
 PAGE = 4096

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CannotDo, Refused, Stopped
 from ..io.descriptors import BLOCK
 from ..progress import Progress
-from ..qemu import hugepages, outgoing, settings
+from ..qemu import hugepages, sendable, settings
 from ..qemu.migration_progress import sample
 from ..qemu.monitor import Monitor
 from ..qemu.state import FOR_EVER, query, query_once, wait_for, with_retry
@@ -44,7 +44,7 @@ def possible(path: str) -> bool:
     """
     saved = settings.SavedSettings()
     with Monitor(path) as monitor:
-        if outgoing.require_sendable(monitor, path).run not in ("running", "suspended"):
+        if sendable.require_sendable(monitor, path).run not in ("running", "suspended"):
             return False
         try:
             settings.prepare(monitor, settings.SNAPSHOT, {}, saved)

@@ -14,7 +14,7 @@ from ..dump.watchdog import Guard
 from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError, WrongUsage
 from ..io.descriptors import kind
 from ..progress import Progress, Sample
-from ..qemu import control, outgoing, state
+from ..qemu import control, outgoing, sendable, state
 from ..qemu.migration_progress import sample_of, words_of
 from ..qemu.state import GuestState
 from ..report import Report
@@ -224,7 +224,7 @@ def require_live(plan: MigratePlan) -> None:
     """WrongUsage where the guest is to be paused first, and nobody of ours is at the other end to resume it."""
     if not plan.live_anyway:
         why = f"over {plan.target.uri} nobody could resume it, were it paused first"
-        outgoing.require_live(plan.path, why, "use link: or ssh://, over which it is paused first and resumed there")
+        sendable.require_live(plan.path, why, "use link: or ssh://, over which it is paused first and resumed there")
 
 
 def _is_moved(path: str) -> bool:

@@ -16,7 +16,7 @@ from ..dump.watchdog import Guard
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Stopped, VmstateError
 from ..io.descriptors import channel
 from ..progress import Progress
-from ..qemu import control, markers, outgoing, settings
+from ..qemu import control, markers, outgoing, sendable, settings
 from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Monitor
 from ..qemu.state import GuestState, query, query_once, with_retry
@@ -79,7 +79,7 @@ class OutgoingHandover:
         """Both sides agree, and QEMU sends; whatever goes wrong, the guest is put back first."""
         if self._plan.postcopy and not self._plan.live_anyway:
             why = "--postcopy cannot pause it first"
-            outgoing.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
+            sendable.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
         self._guard = Guard(self._plan.path, self._migration.saved.owner, move=self._move)
         try:
             self._agree()
@@ -107,7 +107,7 @@ class OutgoingHandover:
 
     def _facts(self) -> dict[str, Any]:
         with Monitor(self._plan.path) as monitor:
-            guest_state = outgoing.require_sendable(monitor, self._plan.path)
+            guest_state = sendable.require_sendable(monitor, self._plan.path)
             return {**preflight.facts(monitor), "run": settings.ran(monitor, guest_state)}
 
     def _open(self) -> Peer:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..deadline import Deadline
-from ..errors import CannotDo, InDoubt, Refused, WrongUsage
-from . import answers, markers, userfault
+from ..errors import CannotDo, InDoubt, Refused
+from . import answers, markers
 from .control import run_on
 from .monitor import Monitor
+from .sendable import require_sendable
 from .settings import DEFAULT_BANDWIDTH, ON, SavedSettings, prepare, ran
 from .state import BUSY, RUNS, GuestState, loses_pages, query, version_words, wait_for, with_retry
 
@@ -17,68 +18,6 @@ from .state import BUSY, RUNS, GuestState, loses_pages, query, version_words, wa
 NAME = "vmstate"
 # How long a conversation may wait for the end of a migration that has sent everything, in seconds.
 SOON = 1.0
-
-
-def require_live(path: str, why: str, hint: str) -> None:
-    """WrongUsage where the guest would have to be paused for its migration, and cannot be; `why`, and what helps."""
-    with Monitor(path) as monitor:
-        if query(monitor).run in RUNS and loses_pages(monitor):
-            text = f"{version_words(monitor)} without KVM loses pages that the guest at {path} writes meanwhile"
-            raise WrongUsage(f"{text}, and {why}", f"{hint}; or --live-anyway, which risks that")
-
-
-def require_sendable(monitor: Monitor, path: str) -> GuestState:
-    """Where the guest stands; CannotDo where its state cannot be sent now, with QEMU's reason."""
-    guest_state = query(monitor)
-    if guest_state.moving:
-        if markers.LAZY in markers.names(monitor):
-            text = f"the guest at {path} cannot be saved or moved: its memory is still being brought from a file"
-            raise CannotDo(text, "its vm-restore ends when all is there; with --on-demand, SIGTERM has it do that")
-        hint = "vm-status shows how far it is"
-        raise CannotDo(f"the guest at {path} is migrating already ({guest_state.migration})", hint)
-    words = {
-        "inmigrate": ("waits for a state", f"vm-restore {path} < STATE"),
-        "postmigrate": _words_of_postmigrate(guest_state, path),
-        "finish-migrate": ("is in the last step of a migration", f"vm-status {path}"),
-        "internal-error": ("has stopped on an internal error of QEMU", "its state is not to be trusted"),
-    }
-    if guest_state.run in words:
-        said, hint = words[guest_state.run]
-        raise CannotDo(f"the guest at {path} {said} ({guest_state.run})", hint)
-    if guest_state.blocked:
-        raise CannotDo(
-            f"the guest at {path} cannot be saved: {'; '.join(guest_state.blocked)}", "QEMU names the device in its way"
-        )
-    if not _closed(monitor.pid()):
-        text = f"the guest at {path} cannot be saved or moved: its QEMU is left with a snapshot that was lost"
-        raise CannotDo(text, "it runs on; once it can be shut down, start it in another QEMU")
-    if _without_description(monitor):
-        text = f"the guest at {path} writes states without a description (suppress-vmdesc=on)"
-        raise CannotDo(text, "the end of such a state cannot be proven")
-    return guest_state
-
-
-def _words_of_postmigrate(guest_state: GuestState, path: str) -> tuple[str, str]:
-    if guest_state.given_away:
-        return "has given its state away and stands paused", f"vm-cont {path}, if it does not run elsewhere"
-    return "stands paused since a migration of it failed, and QEMU wants it to run before the next", f"vm-cont {path}"
-
-
-def _closed(pid: int) -> bool:
-    """Whether QEMU has closed the userfaultfd of a snapshot; True also where that cannot be seen.
-
-    QEMU 7.2 keeps that of one that was lost, and no migration comes to its end then.
-    """
-    with contextlib.suppress(OSError):
-        return any(not userfault.descriptors(pid) for _ in Deadline(2).tries(0.02))
-    return True
-
-
-def _without_description(monitor: Monitor) -> bool:
-    try:
-        return answers.qom_flag(monitor, "/machine", "suppress-vmdesc")
-    except Refused:
-        return False
 
 
 class OutgoingMigration:

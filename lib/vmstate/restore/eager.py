@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..checkpoint.revert import Revert
-from ..errors import Damaged, GuestGone, Refused, Stopped, VmstateError
+from ..errors import Damaged, GuestGone, Refused, VmstateError
 from ..io.descriptors import HOLD, channel
 from ..io.pipeline import ShellPipeline
 from ..io.readers import FdReader, Reader, open_input, read_up_to
@@ -17,13 +17,14 @@ from ..qemu.incoming import NO_ROUNDS, Waiting, require_fit, require_waiting
 from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor
 from ..report import Report
+from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream.description import validate_end
 from ..stream.identity import identity
 from ..stream.validate import State
 from ..vmz import decompress
 from ..vmz.vmz_file import vmz_file
-from .outcome import Outcome, nics_of, refusal_of
+from .outcome import Outcome, left_over, nics_of, refusal_of
 from .relay import Head, Incoming, QemuStopped, read_head
 from .used_states import UsedStates
 
@@ -61,6 +62,20 @@ class Restore:
         self._size: int | None = None
         self._whole = False
         self._ours, self._theirs = channel()
+        self._rollback = self._steps()
+
+    def _steps(self) -> Rollback:
+        """What there is to be undone, whether it has been begun or not."""
+        found = Rollback(left_over(self._plan.path))
+        if self._plan.disks:
+            found.add("the disks", self._plan.disks.undo)
+        if self._plan.command:
+            found.add("the QEMU that was started", self._end_process)
+        if self._pipeline:
+            # Before QEMU is ended, but read before it is started.
+            found.add("the source", self._pipeline.end)
+        found.add("the channel", self._close)
+        return found
 
     def run(self) -> Outcome:
         """Look, refuse or load, judge, let run.  On failure a QEMU that we started is ended."""
@@ -73,7 +88,7 @@ class Restore:
             # Loaded and proven: what is left takes no time, and half of it would help nobody.
             no_more_signals()
         except BaseException as error:
-            raise self._put_back(error) from error
+            raise self._undone(error) from error
         return self._settle(waiting, saved)
 
     def _open(self) -> tuple[Head, bytes, Reader]:
@@ -161,23 +176,22 @@ class Restore:
     def _sampler(self) -> Callable[[], Sample | None]:
         return lambda: Sample(self._incoming.came, self._size) if self._incoming else None
 
-    def _put_back(self, error: BaseException) -> BaseException:
-        no_more_signals()
-        self._ours.close()
-        self._theirs.close()
-        if self._pipeline:
-            self._pipeline.end()
+    def _end_process(self) -> None:
         if self._process:
             self._process.end()
-        if self._plan.disks:
-            self._plan.disks.undo()
-        if isinstance(error, Stopped) or not isinstance(error, VmstateError):
-            return error
-        if self._waiting and not self._process:
+
+    def _close(self) -> None:
+        self._ours.close()
+        self._theirs.close()
+
+    def _undone(self, error: BaseException) -> BaseException:
+        """All of it, over an error: the one to raise, which says what has become of a guest that waited."""
+        found = self._rollback.run(error)
+        if isinstance(found, VmstateError) and self._waiting and not self._process:
             if self._waiting.begun and isinstance(error, Damaged):
                 self._waiting.discard()
-            error.hints = (*error.hints, self._waiting.outcome_text())
-        return error
+            found.hints = (*found.hints, self._waiting.outcome_text())
+        return found
 
     def _settle(self, waiting: Waiting, saved: State) -> Outcome:
         run = saved.runstate in ("running", "suspended") if self._plan.run is None else self._plan.run

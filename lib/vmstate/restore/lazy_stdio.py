@@ -1,21 +1,19 @@
 """A server of pages on standard input and output, for a QEMU that was started by hand."""
 
 from ..errors import CannotDo, Damaged, InDoubt
-from ..vmz.state_file import state_of
-from .lazy import open_state
-from .page_server import Lost, PageServer, Place, ServedPages
+from .lazy_state import lazy_state
+from .page_order import Place
+from .page_queue import ServedPages
+from .page_server import Lost, PageServer
 from .page_server_thread import Serving
-from .postcopy import opening_of
 
 
 def stdio(fd: int, on_demand: bool, first: list[Place]) -> ServedPages:
     """For a QEMU that runs us as its `-incoming exec:`, over standard input and output."""
-    file = open_state(fd)
-    opening = opening_of(file)
-    state_of(file)
-    server = PageServer(file, opening, 0, 1, on_demand=on_demand, first=first)
+    state = lazy_state(fd)
+    server = PageServer(state.file, state.opening, 0, 1, on_demand=on_demand, first=first)
     serving = Serving(server)
-    serving.start(opening.stream())
+    serving.start(state.opening.stream())
     error = serving.wait(server.give_up)
     if isinstance(error, Lost):
         if not server.tally.asked:

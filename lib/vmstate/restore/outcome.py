@@ -27,6 +27,11 @@ class Outcome:
         return {**self.__dict__, "nics": cards}
 
 
+def left_over(path: str | None) -> str:
+    """What to do where a restore into the guest at `path`, None: a QEMU that it started, could not be undone."""
+    return f"vm-status {path}" if path else "a QEMU that was started may be left: end it before the next try"
+
+
 def refusal_of(waiting: Waiting, process: Process | None, error: Exception, whole: bool) -> VmstateError:
     """Why QEMU did not take a state, in its own words where they can be had; `whole`: the state had proven its end."""
     if process and not process.alive():

@@ -5,10 +5,10 @@ import shutil
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..deadline import Deadline
 from ..errors import CannotDo, Stopped
 from ..qemu.monitor import Monitor
 from ..signals import hold_signals, release_signals
@@ -18,6 +18,10 @@ from .postcopy import Opening, ReturnPath, Said, command
 
 # How long a QEMU may take to answer on a channel that it takes up, in seconds.
 ANSWERS = 30.0
+# And how long until it listens there
+LISTENS = 10.0
+# How long a server may take to see that its channel was shut down
+LEAVES = 5.0
 
 
 class Serving:
@@ -28,11 +32,14 @@ class Serving:
         self._hang_up = hang_up
         self.error: BaseException | None = None
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._first = b""
         self._told = False
 
     def start(self, first: bytes) -> None:
         """`first`: what the server is to send before anything else."""
-        threading.Thread(target=self._run, args=(first,), daemon=True).start()
+        self._first = first
+        self._thread.start()
 
     def wait(self, damaged: Callable[[], None]) -> BaseException | None:
         """What the server ended with, None where QEMU has everything.
@@ -57,9 +64,14 @@ class Serving:
         hold_signals()
         return self.error or self.server.damage
 
-    def _run(self, first: bytes) -> None:
+    def join(self) -> None:
+        """Its channel was shut down: until it uses it no more, if it was started."""
+        if self._thread.ident is not None:
+            self._ended.wait(LEAVES)
+
+    def _run(self) -> None:
         try:
-            self.server.run(first)
+            self.server.run(self._first)
         except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
             self.error = error
             self._hang_up()
@@ -103,16 +115,15 @@ def recover(monitor: Monitor, opening: Opening) -> Recovered:
 def _connected(place: str) -> socket.socket:
     """QEMU listens there, or is about to."""
     end = socket.socket(socket.AF_UNIX)
-    give_up = time.monotonic() + 10
-    while True:
+    trouble = OSError()
+    for _ in Deadline(LISTENS).tries(0.01):
         try:
             end.connect(place)
             return end
         except OSError as error:
-            if time.monotonic() > give_up:
-                end.close()
-                raise CannotDo(f"QEMU does not take up its restore: {error.strerror}") from error
-            time.sleep(0.01)
+            trouble = error
+    end.close()
+    raise CannotDo(f"QEMU does not take up its restore: {trouble.strerror}") from trouble
 
 
 def _hear(found: Recovered, done: Callable[[Said], bool]) -> None:

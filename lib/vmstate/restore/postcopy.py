@@ -6,10 +6,9 @@ We play the source of a move that has crossed over: the state's own head and dev
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import CannotDo, Damaged, WrongUsage
+from ..errors import CannotDo, WrongUsage
 from ..stream import constants
-from ..stream.reader import StateReader
-from ..stream.records import Blocks, Configuration, Footer, Record, Section
+from ..stream.records import Blocks, Configuration, Section
 from ..vmz.state_file import StateFile
 
 PAGE = 1 << constants.PAGE_BITS
@@ -88,18 +87,20 @@ def opening_of(file: StateFile) -> Opening:
     if facts is None:
         raise NoIndex("this .vmz has no index: it was packed with --any", "pack it anew: vm-compress")
     _require_simple(facts)
-    records = list(_up_to_ram(file))
+    records = file.head_records
+    configuration = next(record for record in records if isinstance(record, Configuration))
+    if "x-ignore-shared" in configuration.capabilities:
+        raise NotLazy("the RAM of this state is not in it (x-ignore-shared)")
     blocks = next(record for record in records if isinstance(record, Blocks))
     if any(block.page_size for block in blocks.blocks) or facts["page"] != PAGE:
         raise NotLazy("the guest's RAM has pages of another size than 4 KiB")
-    config = next(number for number, record in enumerate(records) if isinstance(record, Configuration))
     section = next(record for record in records if isinstance(record, Section))
     end = records[-1].offset + constants.FOOTER.size
     offset, size = facts["devices"]
     if size > constants.PACKAGE_LIMIT - 64:
         raise NotLazy(f"the devices of this state take {size} bytes, more than QEMU takes in one package")
     return Opening(
-        head=bytes(file.read(0, records[config + 1].offset)),
+        head=bytes(file.read(0, records[records.index(configuration) + 1].offset)),
         start=bytes(file.read(section.offset, end - section.offset)),
         early=b"".join(bytes(file.read(*span)) for span in facts["early"]),
         devices=bytes(file.read(offset, size)),
@@ -114,17 +115,6 @@ def _require_simple(facts: dict[str, object]) -> None:
         raise NotLazy(f"the state holds more than RAM and devices: {facts['sections']}")
     if facts["deltas"] or facts["packed"]:
         raise NotLazy("pages of this state were sent as differences (xbzrle) or packed", "vm-dump saves without these")
-
-
-def _up_to_ram(file: StateFile) -> Iterator[Record]:
-    """The records of a state up to the footer of RAM's START."""
-    for record in StateReader(file.reader(0)):
-        yield record
-        if isinstance(record, Configuration) and "x-ignore-shared" in record.capabilities:
-            raise NotLazy("the RAM of this state is not in it (x-ignore-shared)")
-        if isinstance(record, Footer):
-            return
-    raise Damaged("no section of RAM in the state")
 
 
 def command(number: int, data: bytes = b"") -> bytes:

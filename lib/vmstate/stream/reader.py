@@ -1,11 +1,9 @@
 """A stream as records, in one pass (migration/savevm.c: qemu_loadvm_state, qemu_loadvm_state_main).
 
 The grammar alone: tags, lengths, ids and footers.  Whether the records come in an order that makes a state is for
-`validate` to say.  Device sections have no lengths, so all of them are one record, which ends where an end mark with a
-description stands that can be read.
+`validate` to say.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 
@@ -13,15 +11,12 @@ from ..errors import Damaged
 from ..io.readers import Reader
 from ..io.window import Window
 from . import constants
-from .description import UNREADABLE
+from .device_part import DevicePart
 from .ram import Ram
 from .records import (
     Bitmap,
     Command,
     Configuration,
-    Description,
-    Devices,
-    EndMark,
     Footer,
     Opaque,
     Record,
@@ -30,19 +25,8 @@ from .records import (
     Subsection,
 )
 
-# A state of 200 vCPUs has some 3 MB of devices, a virtio-gpu may have tens.
-DEVICES_LIMIT = 64 << 20
-DESCRIPTION_LIMIT = 16 << 20
-EARLY_LIMIT = 8 << 20
 BODY_LIMIT = 32 << 20
 NAME_LIMIT = 255
-# Behind the footer of the last device; the description is JSON, an object.
-MARK = re.compile(rb"\x7e....\x00\x06(....)\{", re.DOTALL)
-MARK_SIZE = 12
-NUL = re.compile(rb"\x00")
-# A section that has rounds, behind the footer of device sections that came before it: its START, or the first round
-ROUNDS = rb"\x7e....(\x01....(?:\x03ram|\x0cdirty-bitmap|\x05block)%b)"
-ROUNDS_SIZE = 23
 FULL_TAGS = (constants.QEMU_VM_SECTION_START, constants.QEMU_VM_SECTION_FULL)
 SECTION_TAGS = (*FULL_TAGS, constants.QEMU_VM_SECTION_PART, constants.QEMU_VM_SECTION_END)
 AFTER_FOOTER = (*SECTION_TAGS, constants.QEMU_VM_COMMAND, constants.QEMU_VM_EOF)
@@ -59,6 +43,7 @@ class StateReader:
         self._source = source
         self.window = Window(source, sink)
         self.ram = Ram(self.window)
+        self._devices = DevicePart(self.window)
         self._names: dict[int, bytes] = {}
         self._rounds = False
 
@@ -70,14 +55,14 @@ class StateReader:
             if tag == constants.QEMU_VM_COMMAND:
                 yield self._command()
             elif tag == constants.QEMU_VM_SECTION_FULL and not self._rounds:
-                yield self._early()
+                yield self._devices.early(self._names)
             elif tag == constants.QEMU_VM_SECTION_FULL:
-                yield from self._devices_to_end()
+                yield from self._devices.to_end()
                 return
             elif tag in SECTION_TAGS:
                 yield from self._section(tag)
             elif tag == constants.QEMU_VM_EOF:
-                yield from self._end_without_devices()
+                yield from self._devices.without_devices()
                 return
             else:
                 raise Damaged(f"no section at offset {self._at}: found tag {tag:#04x}")
@@ -290,92 +275,6 @@ class StateReader:
             if not self.window.more():
                 raise Damaged(f"truncated at offset {self.window.came}, in section {_text(name)}")
         raise Damaged(f"no end of section {_text(name)} within {BODY_LIMIT} bytes from offset {offset}")
-
-    def _early(self) -> Devices:
-        """Device sections before the first round of RAM: up to a section that has rounds, its START or its first."""
-        offset = self._at
-        parts = b"".join(b"|[\x02\x03]" + re.escape(constants.U32.pack(number)) for number in self._names)
-        rounds = re.compile(ROUNDS % parts, re.DOTALL)
-        searched = 0
-        while len(view := self.window.have()) <= EARLY_LIMIT:
-            if place := rounds.search(view, searched):
-                data = bytes(view[: place.start(1)])
-                self.window.take(len(data))
-                return Devices(data, True, offset=offset)
-            searched = max(0, len(view) - ROUNDS_SIZE)
-            if not self.window.more():
-                raise Damaged(f"truncated at offset {self.window.came}, in the device sections before RAM")
-        raise Damaged(f"no section of RAM within {EARLY_LIMIT} bytes from offset {offset}")
-
-    def _devices_to_end(self) -> Iterator[Record]:
-        offset = self._at
-        mark, end = self._find_end()
-        view = self.window.have()[:end]
-        yield Devices(bytes(view[:mark]), False, offset=offset)
-        yield EndMark(offset=offset + mark)
-        yield Description(bytes(view[mark + constants.END.size :]), offset=offset + mark + 1)
-        self.window.take(end)
-
-    def _find_end(self) -> tuple[int, int]:
-        """Where in the bytes ahead the end mark stands, and where the description behind it ends.
-
-        QEMU falls silent behind the end, and a guest can have put what looks like a mark into a device: so no mark is
-        waited for alone.
-        """
-        searched = 0
-        waiting: list[tuple[int, int, int]] = []
-        while (size := len(self.window.have())) <= DEVICES_LIMIT:
-            view = self.window.have()
-            for place in MARK.finditer(view, searched):
-                begin = place.end() - 1
-                length = int.from_bytes(place[1], "big")
-                if length <= DESCRIPTION_LIMIT and _may_be_text(view, begin, begin + length):
-                    waiting.append((place.start() + 5, begin, begin + length))
-            for mark, begin, end in waiting:
-                if end <= size and _readable(view[begin:end]):
-                    return mark, end
-            waiting = [
-                (mark, begin, end)
-                for mark, begin, end in waiting
-                if end > size and _may_be_text(view, max(begin, searched), end)
-            ]
-            searched = max(searched, size - MARK_SIZE + 1)
-            if not self.window.more():
-                raise self._no_end(bytes(view[-6:]))
-        raise Damaged(f"no end of the device sections within {DEVICES_LIMIT} bytes from offset {self._at}")
-
-    def _no_end(self, last: bytes) -> Damaged:
-        if last[:1] == b"\x7e" and last[5:] == b"\0":
-            text = (
-                f"the state ends with its end mark at offset {self.window.came - 1}: expected a description behind it"
-            )
-            return Damaged(text, "it was cut there, or its guest has -machine suppress-vmdesc=on")
-        where = f"in the device sections that begin at offset {self._at}"
-        return Damaged(f"truncated at offset {self.window.came}, {where}: no end mark with a whole description there")
-
-    def _end_without_devices(self) -> Iterator[Record]:
-        offset = self._at
-        self.window.take(1)
-        yield EndMark(offset=offset)
-        if self.window.need(5) is None:
-            return
-        size = int.from_bytes(self.window.have()[1:5], "big")
-        if self.window.have()[0] == constants.QEMU_VM_VMDESCRIPTION and size <= DESCRIPTION_LIMIT:
-            data = bytes(self._bytes(5 + size, "the description")[5:])
-            self.window.take(5 + size)
-            yield Description(data, offset=offset + 1)
-
-
-def _may_be_text(view: memoryview, begin: int, end: int) -> bool:
-    """Whether what is there of it has no NUL: so a million of marks cost little."""
-    return not NUL.search(view, begin, min(end, len(view)))
-
-
-def _readable(text: memoryview) -> bool:
-    try:
-        return bool(json.loads(bytes(text))["devices"])
-    except UNREADABLE:
-        return False
 
 
 def _text(name: bytes) -> str:

@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from array import array
+from functools import cached_property
 from typing import Any
 
 from ..errors import CannotDo, Damaged
@@ -10,12 +11,28 @@ from ..io.readers import FdReader, Reader
 from ..stream.description import UNREADABLE
 from ..stream.page_map import NORMAL
 from ..stream.reader import StateReader
-from ..stream.records import Blocks, Description, Devices
+from ..stream.records import Blocks, Description, Devices, Footer, Packed, Pages, Record
 from ..stream.validate import State, Validator, take_devices, validate
 from . import page_index
 
 # What a file that is not packed is read by
 PIECE = 192 << 10
+
+
+class _Head:
+    """`see` records from the first one on; `records` are those up to the footer of RAM's START, but for pages."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.whole = False
+        self._listed = False
+
+    def see(self, record: Record) -> None:
+        if self.whole or isinstance(record, Pages | Packed):
+            return
+        self.records.append(record)
+        self._listed |= isinstance(record, Blocks)
+        self.whole = self._listed and isinstance(record, Footer)
 
 
 class StateFile(ABC):
@@ -51,6 +68,16 @@ class StateFile(ABC):
             return self.read(place, block.page)
         return self._zero[: block.page] if kind else None
 
+    @cached_property
+    def head_records(self) -> list[Record]:
+        """The records of a state up to the footer of RAM's START, but for pages; read once.  Damaged."""
+        head = _Head()
+        for record in StateReader(self.reader(0)):
+            head.see(record)
+            if head.whole:
+                return head.records
+        raise Damaged("no section of RAM in the state")
+
     def reader(self, offset: int, end: int | None = None) -> Reader:
         """The content from `offset` on, up to `end`, as a `Reader`."""
         return _Part(self, offset, self.content if end is None else end)
@@ -62,8 +89,15 @@ class RawFile(StateFile):
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._base = os.lseek(fd, 0, os.SEEK_CUR)
-        builder = page_index.PageIndexBuilder()
-        state = validate(FdReader(fd), see=builder.see)
+        builder, head = page_index.PageIndexBuilder(), _Head()
+
+        def see(record: Record) -> None:
+            builder.see(record)
+            if not head.whole:
+                head.see(record)
+
+        state = validate(FdReader(fd), see=see)
+        self.head_records = head.records
         # Whoever reads it as a whole after all begins at its beginning.
         os.lseek(fd, self._base, os.SEEK_SET)
         records: dict[int, list[bytes]] = {}
@@ -100,10 +134,8 @@ def state_of(file: StateFile) -> State:
     if facts is None:
         raise CannotDo("this .vmz has no index: it was packed with --any", "unpack it: vm-compress -d --any")
     validator = Validator()
-    for record in StateReader(file.reader(0)):
+    for record in file.head_records:
         validator.see(record)
-        if isinstance(record, Blocks):
-            break
     state = validator.state
     try:
         for name in page_index.FACTS:

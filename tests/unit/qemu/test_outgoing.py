@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 from vmstate.errors import CannotDo, GuestGone, InDoubt, Refused, WrongUsage
-from vmstate.qemu import markers, outgoing
+from vmstate.qemu import markers, userfault
 from vmstate.qemu.monitor import Monitor
-from vmstate.qemu.outgoing import OutgoingMigration, require_live
+from vmstate.qemu.outgoing import OutgoingMigration
+from vmstate.qemu.sendable import require_live
 from vmstate.qemu.settings import left_behind
 
 from unit.qemu.fake_qemu import FakeQemu
@@ -16,7 +17,7 @@ from unit.qemu.fake_qemu import FakeQemu
 @pytest.fixture
 def qemu(monkeypatch: pytest.MonkeyPatch) -> FakeQemu:
     # Its process is ours here, which has no userfaultfd of a snapshot.
-    monkeypatch.setattr(outgoing.userfault, "descriptors", lambda _: [])
+    monkeypatch.setattr(userfault, "descriptors", lambda _: [])
     fake = FakeQemu()
     fake.version = (7, 2)
     return fake

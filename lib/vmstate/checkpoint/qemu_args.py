@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import WrongUsage
@@ -13,7 +13,7 @@ KEYED = re.compile(r"--?(drive|blockdev)")
 PATHS = ("file", "file.filename", "filename")
 
 
-def put_in_place(command: list[str], meant: Callable[[str], bool], overlay: str) -> list[str]:
+def put_in_place(command: Sequence[str], meant: Callable[[str], bool], overlay: str) -> list[str]:
     """The command with the qcow2 `overlay` where it has the path of an image that is `meant`.
 
     WrongUsage where it has none, or says itself what lies below.

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from itertools import count
 
 from ..errors import CannotDo, Misfit, WrongUsage
@@ -36,7 +37,7 @@ class Revert:
         """The overlays into which the guest is going to write."""
         return self._made
 
-    def prepare(self, command: list[str]) -> list[str]:
+    def prepare(self, command: Sequence[str]) -> Sequence[str]:
         """The command with the disks as they were."""
         for entry in self.manifest.disks:
             # Whether it is there at all comes before anything is made.
@@ -80,7 +81,7 @@ class Revert:
         self._made, self._times = [], []
 
 
-def _placed(command: list[str], entry: Entry, image: str) -> list[str]:
+def _placed(command: Sequence[str], entry: Entry, image: str) -> list[str]:
     """The command with `image` in the place of one of the family of the disk: itself, below it, or over it."""
     family = stem((entry.image, *entry.chain))
     own = {name for name in (entry.image, *entry.chain) if os.path.splitext(name)[0] == family} | {entry.image}

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from itertools import pairwise
 
 from ..deadline import Deadline
@@ -23,7 +24,7 @@ FORBIDDEN = {
 STDIO = re.compile(r"^(mon:)?stdio\b|^stdio,|^curses\b")
 
 
-def check_arguments(arguments: list[str]) -> None:
+def check_arguments(arguments: Sequence[str]) -> None:
     """WrongUsage for what cannot be among the arguments of QEMU."""
     for name, value in pairwise([*arguments, ""]):
         option = "-" + name.lstrip("-") if name.startswith("-") else ""
@@ -36,7 +37,7 @@ def check_arguments(arguments: list[str]) -> None:
             raise WrongUsage(f"{name} {value} cannot be among the arguments of QEMU here", hint)
 
 
-def monitor_path(arguments: list[str]) -> str | None:
+def monitor_path(arguments: Sequence[str]) -> str | None:
     """The path of the first `-qmp unix:PATH` among the arguments."""
     for name, value in pairwise(arguments):
         if name in ("-qmp", "--qmp") and value.startswith("unix:"):
@@ -47,7 +48,7 @@ def monitor_path(arguments: list[str]) -> str | None:
 class Process:
     """The started QEMU; `path` is that of its monitor, `log` that of its standard error."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         check_arguments(command[1:])
         given = monitor_path(command)
         self.added = given is None

@@ -5,7 +5,6 @@ the part that reads the stream meet.
 """
 
 import os
-from dataclasses import dataclass, field
 
 from ..errors import CannotDo, Damaged, Misfit
 from ..io.descriptors import HOLD
@@ -26,15 +25,15 @@ UNKNOWN = ("features of the CPU", "addresses of network cards", "disks", "device
 Pci = dict[str, tuple[int, int]]
 
 
-@dataclass
 class Against:
     """The guest that waits at `path`; unknown: what was not compared.  Each method raises Misfit where they differ."""
 
-    path: str
-    unknown: list[str] = field(default_factory=lambda: list(UNKNOWN))
-    _machine: str = ""
-    _ahead: list[Device] | None = None
-    _compared: bool = False
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.unknown = list(UNKNOWN)
+        self._machine = ""
+        self._ahead: list[Device] | None = None
+        self._compared = False
 
     def look_ahead(self, fd: int) -> None:
         """Where the input is a file with a plain state or a .vmz, its devices can be read first and compared early."""

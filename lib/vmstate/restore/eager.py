@@ -4,8 +4,8 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ..checkpoint.revert import Revert
 from ..errors import Damaged, GuestGone, Refused, VmstateError
@@ -29,15 +29,14 @@ from .relay import Head, Incoming, QemuStopped, read_head
 from .used_states import UsedStates
 
 
-@dataclass(frozen=True)
-class RestorePlan:
+class RestorePlan(NamedTuple):
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
     disks: to be put back, for the QEMU to start.  used: where it is noted.
     """
 
     path: str | None = None
-    command: list[str] = field(default_factory=list)
+    command: Sequence[str] = ()
     run: bool | None = None
     source: str | None = None
     disks: Revert | None = None

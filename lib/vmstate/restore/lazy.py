@@ -5,7 +5,7 @@ Here the part that talks to QEMU and the part that reads states meet.
 
 import contextlib
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..deadline import Deadline
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Refused, VmstateError
@@ -36,8 +36,7 @@ STARTS = 60.0
 EAGER = "restore all of it before it runs: vm-restore without --lazy, or --lazy-or-eager"
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """outcome: what `Restore.run` gives.  guest: its pages are being brought.  seconds: until it ran."""
 
     outcome: Outcome

@@ -1,14 +1,14 @@
 """What a lazy restore is to do."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..checkpoint.revert import Revert
 from .page_order import Place
 from .used_states import UsedStates
 
 
-@dataclass(frozen=True)
-class LazyPlan:
+class LazyPlan(NamedTuple):
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
 
     first: pages to be sent before the rest.  resume: the guest runs already, and has lost its server; sure: though it
@@ -16,10 +16,10 @@ class LazyPlan:
     """
 
     path: str | None = None
-    command: list[str] = field(default_factory=list)
+    command: Sequence[str] = ()
     run: bool | None = None
     on_demand: bool = False
-    first: list[Place] = field(default_factory=list)
+    first: Sequence[Place] = ()
     resume: bool = False
     sure: bool = False
     disks: Revert | None = None

@@ -1,7 +1,6 @@
 """A state of which any page can be read, and what comes before its pages: what a lazy restore takes."""
 
 import os
-from dataclasses import dataclass
 from functools import cached_property
 
 import xxhash
@@ -14,13 +13,11 @@ from ..vmz.vmz_file import vmz_file
 from .postcopy import NoIndex, Opening, opening_of
 
 
-@dataclass(frozen=True)
 class LazyState:
     """The file with the pages, what QEMU is told before them, and what is known of the state."""
 
-    file: StateFile
-    opening: Opening
-    state: State
+    def __init__(self, file: StateFile, opening: Opening, state: State) -> None:
+        self.file, self.opening, self.state = file, opening, state
 
     @cached_property
     def identity(self) -> str:

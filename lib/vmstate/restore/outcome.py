@@ -1,7 +1,6 @@
 """What became of a restore: the guest's state and cards, or why QEMU refused."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import Refused, VmstateError
 from ..net.nic import Nic
@@ -11,8 +10,7 @@ from ..qemu.nics import from_info_network
 from ..report import Report
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """state: the guest's run state; saved: the one in the state; nics: its cards, empty where it does not run."""
 
     guest: str
@@ -24,7 +22,7 @@ class Outcome:
 
     def values(self) -> dict[str, Any]:
         cards = [{"mac": nic.mac, "iface": nic.iface, "addresses": list(nic.addresses)} for nic in self.nics]
-        return {**self.__dict__, "nics": cards}
+        return {**self._asdict(), "nics": cards}
 
 
 def left_over(path: str | None) -> str:

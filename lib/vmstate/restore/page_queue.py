@@ -4,7 +4,6 @@ import os
 import time
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import Damaged
@@ -18,18 +17,15 @@ from .postcopy import PAGE, STRIDE, Opening
 VECTORS = 64
 
 
-@dataclass
 class ServedPages:
     """asked: pages that QEMU asked for; order: these, as they were asked for.  when: seconds from the server's start to
     a request; waited: from there to its page's last byte.  sent: pages in all.  bytes: that left."""
 
-    asked: int = 0
-    sent: int = 0
-    bytes: int = 0
-    waited: "array[float]" = field(default_factory=lambda: array("d"))
-    when: "array[float]" = field(default_factory=lambda: array("d"))
-    order: list[Place] = field(default_factory=list)
-    begun: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self.asked = self.sent = self.bytes = 0
+        self.waited, self.when = array("d"), array("d")
+        self.order: list[Place] = []
+        self.begun = time.monotonic()
 
     def values(self) -> dict[str, Any]:
         """For `--json`; asked_at: when each hundredth of the requests came, in seconds."""

@@ -6,7 +6,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..deadline import Deadline
 from ..errors import CannotDo, Stopped
@@ -78,8 +78,7 @@ class Serving:
         self._ended.set()
 
 
-@dataclass
-class Recovered:
+class Recovered(NamedTuple):
     """A channel that QEMU has taken up: which pages it has, what it has said since, and the rest of its words."""
 
     end: socket.socket

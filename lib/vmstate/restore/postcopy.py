@@ -4,7 +4,7 @@ We play the source of a move that has crossed over: the state's own head and dev
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import CannotDo, WrongUsage
 from ..stream import constants
@@ -26,8 +26,7 @@ class NoIndex(WrongUsage):
     """The input does not tell where its pages are, or cannot be read there."""
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(NamedTuple):
     """The parts of a state that come before its pages: as bytes, but for the number of RAM's section.
 
     head: up to the end of the configuration.  start: RAM's START, with its footer.  early: sections of virtio-mem.
@@ -130,8 +129,7 @@ def _discard(name: bytes, size: int) -> bytes:
     return command(constants.MIG_CMD_POSTCOPY_RAM_DISCARD, data)
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(NamedTuple):
     """A message of QEMU.  kind: MIG_RP_MSG_*; start and size in bytes; bitmap: a bit a page, the lowest first."""
 
     kind: int

@@ -7,7 +7,7 @@ without them.
 import contextlib
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import Damaged
 from ..io.descriptors import HOLD, enlarge, write_all
@@ -19,12 +19,11 @@ from ..stream.validate import State, validate
 PIECE = 64 << 10
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """What the first kilobytes of a state say: the machine type's name; name and size in bytes of each RAM block."""
 
     machine: str
-    blocks: tuple[tuple[str, int], ...] = field(default=())
+    blocks: tuple[tuple[str, int], ...] = ()
 
 
 class _Recorder:

@@ -115,11 +115,13 @@ def message(said: Said, named: bool) -> bytes:
 BLOCK = st.binary(min_size=1, max_size=255)
 NUMBER = st.integers(0, (1 << 32) - 1)
 SAID = st.one_of(
-    st.builds(Said, st.just(constants.MIG_RP_MSG_SHUT), value=NUMBER),
-    st.builds(Said, st.just(constants.MIG_RP_MSG_RESUME_ACK), value=NUMBER),
-    st.builds(Said, st.just(constants.MIG_RP_MSG_RECV_BITMAP), BLOCK, bitmap=st.binary(max_size=600)),
-    st.builds(
-        Said, st.just(constants.MIG_RP_MSG_REQ_PAGES_ID), BLOCK, start=st.integers(0, (1 << 64) - 1), size=NUMBER
+    NUMBER.map(lambda value: Said(constants.MIG_RP_MSG_SHUT, value=value)),
+    NUMBER.map(lambda value: Said(constants.MIG_RP_MSG_RESUME_ACK, value=value)),
+    st.tuples(BLOCK, st.binary(max_size=600)).map(
+        lambda made: Said(constants.MIG_RP_MSG_RECV_BITMAP, made[0], bitmap=made[1])
+    ),
+    st.tuples(BLOCK, st.integers(0, (1 << 64) - 1), NUMBER).map(
+        lambda made: Said(constants.MIG_RP_MSG_REQ_PAGES_ID, *made)
     ),
 )
 

@@ -5,14 +5,13 @@ import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..deadline import Deadline
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Refused, VmstateError
 from . import answers, markers
 from .control import announce, run_on
 from .monitor import Monitor
 from .outgoing import NAME
 from .settings import SavedSettings, clear_leftovers, prepare
-from .state import GuestState, query, ram_blocks, wait_for, with_retry
+from .state import SOON, GuestState, look_until, query, ram_blocks, wait_for, with_retry
 
 # How long a QEMU may take to see that its channel has ended, in seconds.
 FALLS = 10.0
@@ -138,18 +137,19 @@ class Waiting:
 
         Raises GuestGone or CannotDo where it ended over it, Refused with its words where it said why.
         """
-        _require_loaded(wait_for(self.path, _is_over, 120, "to load"))
+        guest_state = with_retry(self.path, lambda monitor: look_until(monitor, _is_over, SOON), 120)
+        _require_loaded(guest_state if _is_over(guest_state) else wait_for(self.path, _is_over, 120, "to load"))
 
     @staticmethod
     def loaded_in(monitor: Monitor) -> None:
         """`loaded` within a conversation, for a guest that is about to be."""
-        for _ in Deadline(10).tries(0.001):
-            if _is_over(guest_state := query(monitor)):
-                return _require_loaded(guest_state)
-        raise CannotDo("QEMU said that it had loaded the guest, and does not go on")
+        guest_state = look_until(monitor, _is_over, 10)
+        if not _is_over(guest_state):
+            raise CannotDo("QEMU said that it had loaded the guest, and does not go on")
+        _require_loaded(guest_state)
 
     def settle(self, run: bool) -> str:
-        """Put back what was found and, with `run`, let the guest run; its run state.
+        """With `run` let the guest run, and put back what was found; its run state.
 
         InDoubt where it stands loaded, but does not run.  Once it runs nothing says otherwise any more.
         """
@@ -162,11 +162,12 @@ class Waiting:
             raise InDoubt(text, f"vm-status {self.path}") from error
 
     def _settle(self, monitor: Monitor, run: bool) -> str:
+        if run:
+            self._cont(monitor)
         with contextlib.suppress(Refused):
             self.saved.put_back(monitor)
         if not run:
             return query(monitor).run
-        self._cont(monitor)
         with contextlib.suppress(VmstateError):
             # A guest that was held is silent until it is told to speak.
             announce(monitor)

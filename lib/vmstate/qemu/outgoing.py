@@ -5,19 +5,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..deadline import Deadline
 from ..errors import CannotDo, InDoubt, Refused
 from . import answers, markers
 from .control import run_on
 from .monitor import Monitor
 from .sendable import require_sendable
 from .settings import DEFAULT_BANDWIDTH, ON, SavedSettings, prepare, ran
-from .state import BUSY, RUNS, GuestState, loses_pages, query, version_words, wait_for, with_retry
+from .state import BUSY, RUNS, SOON, GuestState, look_until, loses_pages, query, version_words, wait_for, with_retry
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
-# How long a conversation may wait for the end of a migration that has sent everything, in seconds.
-SOON = 1.0
 
 
 class OutgoingMigration:
@@ -156,7 +153,7 @@ class OutgoingMigration:
 
     def _over_soon(self, monitor: Monitor) -> GuestState:
         """Where it stands, and if it is over, with what was found put back."""
-        guest_state = _until_over(monitor, SOON)
+        guest_state = look_until(monitor, lambda found: not found.moving, SOON)
         if guest_state.migration == "completed":
             with contextlib.suppress(Refused):
                 self.saved.put_back(monitor)
@@ -176,7 +173,7 @@ class OutgoingMigration:
         with Monitor(self.path) as monitor:
             self._runs_on = True
             give_away()
-            guest_state = _until_over(monitor, 60)
+            guest_state = look_until(monitor, lambda found: not found.moving, 60)
             self._require_completed(guest_state)
             run_on(monitor)
 
@@ -200,15 +197,6 @@ class OutgoingMigration:
         with contextlib.suppress(Refused):
             self.saved.put_back(monitor)
         return after
-
-
-def _until_over(monitor: Monitor, seconds: float) -> GuestState:
-    """Where a migration stands that has sent everything, once it is over or that has lasted too long."""
-    for _ in Deadline(seconds).tries(0.0005, 0.005):
-        guest_state = query(monitor)
-        if not guest_state.moving:
-            break
-    return guest_state
 
 
 def _run_on_once_kept(monitor: Monitor) -> None:

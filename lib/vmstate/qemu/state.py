@@ -14,6 +14,8 @@ T = TypeVar("T")
 COHERENT = (9, 0)
 # Longer than any migration: the wait ends with the QEMU.
 FOR_EVER = 1e9
+# How long a conversation may wait for what is about to be so, in seconds
+SOON = 1.0
 PAGE = 4096
 # Run states of a guest that runs
 RUNS = ("running", "suspended")
@@ -114,6 +116,15 @@ def wait_for(
         raise found
     where = f"'{found.run}', migration '{found.migration}'" if found else "not known"
     raise CannotDo(f"waited {seconds:.0f} s for {path} {what}: its state is {where}")
+
+
+def look_until(monitor: Monitor, done: Callable[[GuestState], bool], seconds: float) -> GuestState:
+    """Look within one conversation until `done`, or until that has lasted so long, for what is about to be so."""
+    for _ in Deadline(seconds).tries(0.0005, 0.005):
+        guest_state = query(monitor)
+        if done(guest_state):
+            break
+    return guest_state
 
 
 def with_retry(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:

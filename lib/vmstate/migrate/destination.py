@@ -4,7 +4,6 @@ Source: docs/link.md, which has the conversation and what is done when it breaks
 """
 
 import contextlib
-import re
 import select
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,9 @@ from ..restore.outcome import nics_of, refusal_of
 from ..signals import hold_signals, no_more_signals, release_signals, step_back
 from ..stream import constants
 from . import decision, filters, link
+from .finding import Finding
 from .link import ROOM, Link, LinkFrame
+from .messages import Go, Hello, told
 from .postcopy_link import recover
 
 # A source that has heard 'loaded' goes on at once.
@@ -31,18 +32,6 @@ SOON = 1.0
 LONG = 600.0
 # In postcopy the guest stands still until it is noticed here, in ms.
 LOOK_MS = 2
-
-
-# Of a path.
-MOST = 4096
-
-
-def move_of(hello: dict[str, Any]) -> str:
-    """The number of the move, as its source has drawn it."""
-    move = hello.get("move")
-    if not isinstance(move, str) or not re.fullmatch(r"[0-9a-f]{16}", move):
-        raise CannotDo("the source names no move: expected 16 hexadecimal digits")
-    return move
 
 
 @dataclass(frozen=True)
@@ -62,7 +51,7 @@ class IncomingMigration:
     """One guest.  hello: what its source has said; process: the QEMU, where we have started it."""
 
     def __init__(
-        self, plan: ReceivePlan, path: str, report: Report, link: Link, hello: dict[str, Any], process: Process | None
+        self, plan: ReceivePlan, path: str, report: Report, link: Link, hello: Hello, process: Process | None
     ) -> None:
         self._plan = plan
         self._path = path
@@ -88,21 +77,16 @@ class IncomingMigration:
         # Loaded, and perhaps the only one there is.
         self._loaded = False
         self._granted = False
-        origin = hello.get("from") if isinstance(hello.get("from"), dict) else {}
-        self._facts = {
-            "move": move_of(hello),
-            "run": bool(hello.get("run", True)),
-            **{name: str((origin or {}).get(name, ""))[:MOST] for name in ("host", "path")},
-        }
+        self._facts = {"move": hello.move, "run": hello.run, **hello.origin._asdict()}
 
     @property
     def _may_announce(self) -> bool:
-        return self._plan.announce and bool(self._hello.get("announce", True))
+        return self._plan.announce and self._hello.announce
 
-    def run(self, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    def run(self, findings: list[Finding]) -> dict[str, Any]:
         """The outcome as values.  findings: what speaks against the move, for the source to tell."""
         try:
-            self._link.tell(link.ACCEPT, guest=self._path, findings=findings)
+            self._link.tell(link.ACCEPT, guest=self._path, findings=told(findings))
             self._load()
             state = self._finish_postcopy() if self._crossed else self._commit()
         except BaseException as error:
@@ -116,9 +100,9 @@ class IncomingMigration:
     def resume(self) -> dict[str, Any]:
         """Of a guest that has crossed over, when the link was lost: the rest of its pages."""
         self._ours.close()
-        self._ours = recover(self._path, str(self._facts["move"]))
+        self._ours = recover(self._path, self._hello.move)
         self._crossed = self._waiting.begun = True
-        self._hello["postcopy"] = True
+        self._hello = self._hello._replace(postcopy=True)
         self._sink = self._ours.fileno()
         try:
             self._link.tell(link.ACCEPT)
@@ -130,7 +114,7 @@ class IncomingMigration:
     def _load(self) -> None:
         """Everything that the source has to say, to QEMU, until that has said itself that it has loaded it (SHUT 0)."""
         # Filters may have bytes of their own behind QEMU's.
-        while not (self._shut and (self._whole or not self._hello.get("through"))):
+        while not (self._shut and (self._whole or not self._hello.through)):
             ready = self._wait()
             if self._ours.fileno() in ready:
                 self._hear_qemu()
@@ -184,20 +168,20 @@ class IncomingMigration:
             self._shut = int.from_bytes(message[:2], "big") == constants.MIG_RP_MSG_SHUT
             if self._shut and any(message[4:]):
                 raise self._refusal(CannotDo("QEMU has refused it"))
-            if self._hello.get("postcopy") and not self._shut:
+            if self._hello.postcopy and not self._shut:
                 self._link.send_bytes(link.BACK, memoryview(message))
         return None
 
     def _begin(self) -> int:
         """QEMU loads from now on; where its bytes go."""
         hold_signals()
-        on = ("postcopy-ram",) if self._hello.get("postcopy") else ()
+        on = ("postcopy-ram",) if self._hello.postcopy else ()
         self._waiting.hold_and_load(self._theirs, on, self._facts)
         release_signals()
         if self._waiting.had_no_rounds:
             self._report.note(NO_ROUNDS)
         self._theirs.close()
-        back = filters.inverse(self._hello.get("through", []), self._plan.back)
+        back = filters.inverse(self._hello.through, self._plan.back)
         if back is None:
             return self._ours.fileno()
         self._pipeline = ShellPipeline(back, "sink", self._ours.fileno())
@@ -272,6 +256,7 @@ class IncomingMigration:
                 raise CannotDo("the source has taken its guest back, which runs on there")
             if frame is None or frame.kind != link.GO:
                 raise CannotDo("the link is lost")
+            Go.of(frame)
             self._granted = True
             no_more_signals()
         state = decision.arrive(monitor, self._facts, self._rhythm)
@@ -328,7 +313,7 @@ class IncomingMigration:
 
     def _set_clock(self, state: str) -> None:
         """As with the announcement: what fails is a warning."""
-        if state != "running" or not self._hello.get("clock"):
+        if state != "running" or not self._hello.clock:
             return
         from ..qemu import guest_agent
 

@@ -6,14 +6,13 @@ The source names the filters; the receiver runs none but those of its own table,
 import os
 import shlex
 import threading
-from typing import Any
 
 from ..errors import CannotDo, WrongUsage
 from ..io.descriptors import BLOCK, memory
 from ..io.pipeline import ShellPipeline
 from . import link, remote
+from .messages import FILTERS
 
-MOST = 8
 INVERSES = {
     "vm-compress": "vm-compress -d",
     "vm-encrypt": "vm-encrypt -d",
@@ -46,17 +45,17 @@ def names(command: str | None) -> list[str]:
             stages[-1].append(word)
     if not all(stages):
         raise WrongUsage("--through: a filter is missing in the pipeline")
+    if len(stages) > FILTERS:
+        raise WrongUsage(f"--through: {len(stages)} filters, of which the other side takes {FILTERS}")
     return [stage[0].rpartition("/")[2] for stage in stages]
 
 
-def inverse(filters: Any, given: str | None) -> str | None:
+def inverse(filters: list[str], given: str | None) -> str | None:
     """The pipeline that undoes these; `given` is what the receiver was told to use.  CannotDo where there is none."""
     if given is not None:
         if not filters:
             raise CannotDo("the receiver expects a filter on the way (--through), and the source has none")
         return given
-    if not isinstance(filters, list) or len(filters) > MOST or not all(isinstance(name, str) for name in filters):
-        raise CannotDo(f"the source names no filters that make sense: expected at most {MOST} names")
     unknown = [name for name in filters if name not in INVERSES]
     if unknown:
         hint = "tell the receiver: vm-restore --receive --through 'COMMAND' GUEST"

@@ -25,8 +25,8 @@ from ..signals import hold_signals, no_more_signals, release_signals, step_back
 from . import decision, filters, link, preflight, recover, remote
 from .direct import MigratePlan
 from .filters import Filter
-from .finding import Finding
 from .link import LinkFrame
+from .messages import Accepted, Loaded, Running
 from .pacing import FIRST_PAUSE, Watch
 from .postcopy_link import PostcopyBridge, finish_postcopy
 from .remote import Peer
@@ -70,7 +70,7 @@ class OutgoingHandover:
         facts = self._facts()
         peer = self._open()
         try:
-            findings = self._findings(peer.ask("check", **self._hello(facts)))
+            findings = Accepted.of(peer.ask("check", **self._hello(facts))).findings
         finally:
             peer.leave()
         return {"guest": self._plan.path, "uri": self._plan.target.uri, "findings": findings, "ram": facts.get("ram")}
@@ -130,16 +130,10 @@ class OutgoingHandover:
 
     def _agree(self) -> None:
         facts = self._facts()
-        answer = self._open().ask("move", **self._hello(facts))
-        findings = self._findings(answer)
-        for finding in findings:
+        for finding in Accepted.of(self._open().ask("move", **self._hello(facts))).findings:
             if finding.level == "error":
                 raise Misfit(finding.text, finding.hint)
             self._report.warning(finding.text)
-
-    @staticmethod
-    def _findings(answer: dict[str, Any]) -> list[Finding]:
-        return [Finding.from_dict(values) for values in answer.get("findings", [])]
 
     # sending
 
@@ -225,10 +219,11 @@ class OutgoingHandover:
         with contextlib.suppress(VmstateError):
             self._near = Monitor(self._plan.path).__enter__()
         try:
-            self._peer.expect(link.LOADED, min(SOON, self._plan.handover))
+            frame = self._peer.expect(link.LOADED, min(SOON, self._plan.handover))
         except remote.Silent:
             self._leave_monitor()
-            self._peer.expect(link.LOADED, self._plan.handover)
+            frame = self._peer.expect(link.LOADED, self._plan.handover)
+        Loaded.of(frame)
 
     def _leave_monitor(self) -> None:
         if self._near:
@@ -259,7 +254,7 @@ class OutgoingHandover:
             step_back()
             # Leaving takes time, and others may want it now.
             self._leave_monitor()
-            state = str(peer.expect(link.RUNNING, RUNS).values.get("state"))
+            state = Running.of(peer.expect(link.RUNNING, RUNS)).state
         except Exception as error:  # noqa: BLE001 - whatever it is, the guest has been granted
             self._leave_monitor()
             state = self._settle(error)

@@ -29,6 +29,7 @@ RAW = (DATA, BACK)
 # The other side may have to start a QEMU, or somebody to type a password.
 ANSWERS = 60.0
 ENDS = 10.0
+LOST = "the link is lost: its source has ended, or the way to it"
 # More than an honest other side has to say at once.
 MANY = 64
 
@@ -65,7 +66,7 @@ class Link:
         try:
             self.send(kind, **values)
         except OSError as error:
-            raise CannotDo("the link is lost: its source has ended, or the way to it") from error
+            raise CannotDo(LOST) from error
 
     def send_bytes(self, kind: int, view: memoryview) -> None:
         with self._one_at_a_time:

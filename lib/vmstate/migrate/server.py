@@ -17,9 +17,10 @@ from ..qemu.state import query, with_retry
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals
 from . import decision, filters, finding, link, messages, preflight
-from .destination import IncomingMigration, ReceivePlan
+from .destination import IncomingMigration
 from .link import Link, LinkFrame
 from .messages import Go, Hello
+from .reception import ReceivePlan
 
 
 class Receive:

@@ -14,7 +14,6 @@ from conftest import ROOT
 FILE_LINES, FUNCTION_LINES = 300, 40
 # What was longer when these limits came.  A number may only shrink, and goes with its file or function.
 LONG_FILES = {
-    "lib/vmstate/migrate/source.py": 418,
     "lib/vmstate/restore/lazy.py": 389,
     "lib/vmstate/restore/page_server.py": 340,
     "lib/vmstate/stream/reader.py": 382,

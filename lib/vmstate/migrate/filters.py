@@ -5,8 +5,10 @@ The source names the filters; the receiver runs none but those of its own table,
 
 import os
 import shlex
+import socket
 import threading
 
+from ..dump.relay import Outgoing
 from ..errors import CannotDo, WrongUsage
 from ..io.descriptors import BLOCK, memory
 from ..io.pipeline import ShellPipeline
@@ -107,3 +109,31 @@ class Filter:
             # Nobody reads it any more: it must not wait for ever.
             self._pipeline.kill()
         os.close(self._reading)
+
+
+class FilteredStream:
+    """QEMU's stream, as it is, through such a pipeline.  `sent` counts the bytes that have gone into it."""
+
+    def __init__(self, command: str, qemu: socket.socket, peer: remote.Peer) -> None:
+        self._filter = Filter(command, peer)
+        self._outgoing = Outgoing(qemu, self._filter.fd, whole=True)
+
+    @property
+    def sent(self) -> int:
+        return self._outgoing.sent
+
+    def run(self) -> str:
+        """'sent' where all of it has come out of the filters, and gone."""
+        try:
+            self._outgoing.run()
+        except BrokenPipeError as error:
+            raise self._filter.trouble() from error
+        self._filter.finish()
+        return "sent"
+
+    def answer(self, status: int) -> None:
+        """As `relay.answer`."""
+        self._outgoing.answer(status)
+
+    def end(self) -> None:
+        self._filter.end()

@@ -43,16 +43,17 @@ class Rollback:
     def names(self) -> list[str]:
         return [step.name for step in self._steps]
 
-    def undo(self, goes_on: bool = False) -> list[Trouble]:
+    def undo(self, goes_on: bool = False, until: str | None = None) -> list[Trouble]:
         """All of it, each step once; a signal does not interrupt it.
 
-        goes_on: it is done in another way now, so that a signal waits until that lets it come.
+        goes_on: it is done in another way now, so that a signal waits until that lets it come.  until: that step, and
+        those before it, wait.
         """
         if goes_on:
             hold_signals()
         else:
             no_more_signals()
-        while self._steps:
+        while self._steps and self._steps[-1].name != until:
             step = self._steps.pop()
             try:
                 step.undo()
@@ -69,6 +70,7 @@ class Rollback:
         """Of the trouble that there was."""
         why = "a signal came" if isinstance(error, Stopped) else str(error) or type(error).__name__
         words = "; ".join(f"could not put back {step}: {trouble}" for step, trouble in self.trouble)
-        found = InDoubt(f"{why}; and {words}", self._hint, *getattr(error, "hints", ()))
+        hints = [hint for _, trouble in self.trouble for hint in getattr(trouble, "hints", ())]
+        found = InDoubt(f"{why}; and {words}", self._hint, *hints, *getattr(error, "hints", ()))
         found.__cause__ = self.trouble[0].error
         return found

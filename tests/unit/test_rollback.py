@@ -50,6 +50,24 @@ def test_none_is_left_out_over_another(bad: str) -> None:
     assert rollback.trouble == [Trouble(bad, trouble)]
 
 
+def test_a_part_of_it_waits() -> None:
+    done: list[str] = []
+    rollback = Rollback("look there")
+    for name in "abc":
+        rollback.add(name, lambda name=name: done.append(name))
+    assert rollback.undo(until="b") == []
+    assert (done, rollback.names) == (["c"], ["a", "b"])
+    rollback.undo(until="x")
+    assert done == ["c", "b", "a"]
+
+
+def test_the_hints_of_trouble_are_told() -> None:
+    rollback = Rollback("look there")
+    rollback.add("it", lambda: fails(CannotDo("no", "or there")))
+    found = rollback.run(CannotDo("the first", "a hint"))
+    assert found.hints == ("look there", "or there", "a hint")
+
+
 @pytest.mark.parametrize("trouble", [KeyError("x"), OSError(5, "I/O"), ValueError()])
 def test_a_bug_in_a_step_is_trouble_as_well(trouble: Exception) -> None:
     rollback = Rollback("look there")

@@ -33,13 +33,7 @@ def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
     """
     name = os.path.basename(sys.argv[0])
     _need_standard_error()
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN if owns_guest else signal.SIG_DFL)
-    for number in PUT_BACK:
-        # Who was started with a signal ignored (nohup) keeps it so.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop_on_signal)
-    # Asked for a line of progress when there is none to tell: not a reason to die.
-    signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
+    _hear_signals(owns_guest)
     # What cannot be parsed is reported as asked for, too.
     report = Report(name, quiet=_asked("-q", "--quiet"), as_json=_asked("--json"))
     try:
@@ -68,6 +62,16 @@ def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
         report.error(CannotDo(text, "this is a bug of ours; VM_DEBUG=1 shows where it happened"))
         status = 1
     _leave(status)
+
+
+def _hear_signals(owns_guest: bool) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN if owns_guest else signal.SIG_DFL)
+    for number in PUT_BACK:
+        # Who was started with a signal ignored (nohup) keeps it so.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop_on_signal)
+    # Asked for a line of progress when there is none to tell: not a reason to die.
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
 
 
 def _parse(name: str, usage: str) -> Options:

@@ -3,362 +3,168 @@
 Source: docs/link.md, which has the conversation and what is done when it breaks off.
 """
 
-import contextlib
-import re
-import select
-from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Stopped, VmstateError
-from ..io.descriptors import channel, write_all
-from ..io.pipeline import ShellPipeline
-from ..qemu import control, markers
-from ..qemu.incoming import NO_ROUNDS, Waiting
+from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError
+from ..qemu import markers
+from ..qemu.incoming import Waiting
 from ..qemu.launch import Process
 from ..qemu.monitor import Monitor
-from ..qemu.state import query, query_once, with_retry
+from ..qemu.state import query_once
 from ..report import Report
-from ..restore.outcome import nics_of, refusal_of
-from ..signals import hold_signals, no_more_signals, release_signals, step_back
-from ..stream import constants
-from . import decision, filters, link
-from .link import ROOM, Link, LinkFrame
+from ..restore.outcome import nics_of
+from ..rollback import Rollback
+from . import link
+from .destination_commit import commit, finish_postcopy
+from .destination_load import Inlet, Loading, begin, first_frame
+from .finding import Finding
+from .link import Link
+from .messages import Hello, told
+from .near import NearMonitor
 from .postcopy_link import recover
-
-# A source that has heard 'loaded' goes on at once.
-SOON = 1.0
-# Longer than any source waits before it takes its guest back.
-LONG = 600.0
-# In postcopy the guest stands still until it is noticed here, in ms.
-LOOK_MS = 2
+from .reception import HELD, Phase, ReceivePlan, Reception
 
 
-# Of a path.
-MOST = 4096
+class Left(Enum):
+    """What a conversation that has broken off has left of the guest here."""
 
-
-def move_of(hello: dict[str, Any]) -> str:
-    """The number of the move, as its source has drawn it."""
-    move = hello.get("move")
-    if not isinstance(move, str) or not re.fullmatch(r"[0-9a-f]{16}", move):
-        raise CannotDo("the source names no move: expected 16 hexadecimal digits")
-    return move
-
-
-@dataclass(frozen=True)
-class ReceivePlan:
-    """path: the waiting guest, or command: the QEMU to start.  back: the inverse of the filters on the way.
-
-    announce: whether to announce the guest in the network once it runs.
-    """
-
-    path: str | None = None
-    command: list[str] = field(default_factory=list)
-    back: str | None = None
-    announce: bool = True
+    UNKNOWN = "it could not be seen to"
+    NOTHING = "its source has it, or had"
+    HELD = "it is loaded and held"
+    PAGES = "it runs here, and lacks pages"
 
 
 class IncomingMigration:
     """One guest.  hello: what its source has said; process: the QEMU, where we have started it."""
 
     def __init__(
-        self, plan: ReceivePlan, path: str, report: Report, link: Link, hello: dict[str, Any], process: Process | None
+        self, plan: ReceivePlan, path: str, report: Report, link: Link, hello: Hello, process: Process | None
     ) -> None:
-        self._plan = plan
-        self._path = path
-        self._report = report
-        self._link = link
-        self._hello = hello
-        self._process = process
-        self._waiting = Waiting(path)
-        self._ours, self._theirs = channel(ROOM)
-        self._pipeline: ShellPipeline | None = None
-        self._bytes = 0
-        self._whole = False
-        self._near: Monitor | None = None
-        self._rhythm: dict[str, int] | None = None
-        self._sink = -1
-        self._said = b""
-        self._shut = False
-        # The source wants to go over to postcopy; it has, and the guest is here.
-        self._switched = False
-        self._crossed = False
-        # The guest runs on at the source, which has said so.
-        self._cancelled = False
-        # Loaded, and perhaps the only one there is.
-        self._loaded = False
-        self._granted = False
-        origin = hello.get("from") if isinstance(hello.get("from"), dict) else {}
-        self._facts = {
-            "move": move_of(hello),
-            "run": bool(hello.get("run", True)),
-            **{name: str((origin or {}).get(name, ""))[:MOST] for name in ("host", "path")},
-        }
+        near, undo = NearMonitor(path), Rollback(f"vm-status {path}")
+        self._of = Reception(plan, path, report, link, hello, process, Waiting(path), near, undo)
+        self._left = Left.UNKNOWN
+        undo.add("the guest", self._end_guest)
+        undo.add("the talk with QEMU", near.leave)
 
-    @property
-    def _may_announce(self) -> bool:
-        return self._plan.announce and bool(self._hello.get("announce", True))
-
-    def run(self, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    def run(self, findings: list[Finding]) -> dict[str, Any]:
         """The outcome as values.  findings: what speaks against the move, for the source to tell."""
+        of = self._of
         try:
-            self._link.tell(link.ACCEPT, guest=self._path, findings=findings)
-            self._load()
-            state = self._finish_postcopy() if self._crossed else self._commit()
+            of.link.tell(link.ACCEPT, guest=of.path, findings=told(findings))
+            first = first_frame(of)
+            loading = begin(of)
+            loading.run(first)
+            state = finish_postcopy(of) if of.phases.now is Phase.CROSSED else commit(of, loading.bytes)
         except BaseException as error:
-            raise self._put_back(error) from error
+            raise self._broken_off(error) from error
         self._announce(state)
         self._set_clock(state)
-        if self._process and self._process.added:
-            self._report.hint(f"the guest's monitor is {self._path}")
-        return {"guest": self._path, "state": state, "bytes": self._bytes}
+        if of.process and of.process.added:
+            of.report.hint(f"the guest's monitor is {of.path}")
+        return {"guest": of.path, "state": state, "bytes": loading.bytes}
 
     def resume(self) -> dict[str, Any]:
         """Of a guest that has crossed over, when the link was lost: the rest of its pages."""
-        self._ours.close()
-        self._ours = recover(self._path, str(self._facts["move"]))
-        self._crossed = self._waiting.begun = True
-        self._hello["postcopy"] = True
-        self._sink = self._ours.fileno()
+        of = self._of
+        qemu = recover(of.path, of.hello.move)
+        of.undo.add("the channel to QEMU", qemu.close)
+        of.phases.go(Phase.CROSSED)
         try:
-            self._link.tell(link.ACCEPT)
-            self._load()
-            return {"guest": self._path, "state": self._finish_postcopy()}
+            of.link.tell(link.ACCEPT)
+            Loading(of, qemu, Inlet(qemu, None)).run()
+            return {"guest": of.path, "state": finish_postcopy(of)}
         except BaseException as error:
-            raise self._put_back(error) from error
+            raise self._broken_off(error) from error
 
-    def _load(self) -> None:
-        """Everything that the source has to say, to QEMU, until that has said itself that it has loaded it (SHUT 0)."""
-        # Filters may have bytes of their own behind QEMU's.
-        while not (self._shut and (self._whole or not self._hello.get("through"))):
-            ready = self._wait()
-            if self._ours.fileno() in ready:
-                self._hear_qemu()
-            elif ready:
-                self._hear_source(self._link.receive())
-            elif self._switched and not self._crossed:
-                self._let_run_in_postcopy()
+    # when it breaks off
 
-    def _wait(self) -> set[int]:
-        """Which descriptors have something to say; none where it is time to look at the guest."""
-        poll = select.poll()
-        poll.register(self._link.reading, select.POLLIN)
-        if self._waiting.begun and not self._shut:
-            poll.register(self._ours, select.POLLIN)
-        return {fd for fd, _ in poll.poll(LOOK_MS if self._switched and not self._crossed else None)}
+    def _broken_off(self, error: BaseException) -> BaseException:
+        """Undo what can be; the error to raise, with what has become of the guest."""
+        trouble = self._of.undo.undo()
+        found = self._in_words(error)
+        return self._of.undo.in_doubt(found) if trouble else found
 
-    def _hear_source(self, frame: LinkFrame | None) -> None:
-        if frame is None:
-            raise CannotDo("the link was lost before the source had sent all of its guest, which runs on there")
-        if frame.kind == link.CANCEL:
-            self._cancelled = True
-            raise CannotDo("the source has taken its guest back, which runs on there")
-        if frame.kind == link.DATA:
-            if self._sink < 0:
-                self._sink = self._begin()
-            self._pass(self._sink, frame.data)
-        elif frame.kind == link.SWITCH:
-            self._switched = True
-        elif frame.kind == link.END and self._waiting.begun:
-            if self._pipeline and not self._qemu_gave_up():
-                self._pipeline.finish()
-            self._whole = True
-        else:
-            raise Damaged(f"the source said '{chr(frame.kind)}' in the midst of its data")
-
-    def _hear_qemu(self) -> None:
-        """Its return path: SHUT is for us, and where it may come to postcopy all the rest for the source."""
-        try:
-            more = self._ours.recv(1 << 16)
-        except ConnectionError:
-            more = b""
-        if self._crossed:
-            # Not all of it is messages (the bitmaps of a recovery), and none is for us; SHUT is the last one.
-            self._shut = not more
-            return self._link.send_bytes(link.BACK, memoryview(more)) if more else None
-        if not more:
-            raise self._refusal(CannotDo("QEMU has ended its channel"))
-        self._said += more
-        while len(self._said) >= 4 and len(self._said) >= (size := 4 + int.from_bytes(self._said[2:4], "big")):
-            message, self._said = self._said[:size], self._said[size:]
-            self._shut = int.from_bytes(message[:2], "big") == constants.MIG_RP_MSG_SHUT
-            if self._shut and any(message[4:]):
-                raise self._refusal(CannotDo("QEMU has refused it"))
-            if self._hello.get("postcopy") and not self._shut:
-                self._link.send_bytes(link.BACK, memoryview(message))
-        return None
-
-    def _begin(self) -> int:
-        """QEMU loads from now on; where its bytes go."""
-        hold_signals()
-        on = ("postcopy-ram",) if self._hello.get("postcopy") else ()
-        self._waiting.hold_and_load(self._theirs, on, self._facts)
-        release_signals()
-        if self._waiting.had_no_rounds:
-            self._report.note(NO_ROUNDS)
-        self._theirs.close()
-        back = filters.inverse(self._hello.get("through", []), self._plan.back)
-        if back is None:
-            return self._ours.fileno()
-        self._pipeline = ShellPipeline(back, "sink", self._ours.fileno())
-        return self._pipeline.fd
-
-    def _pass(self, sink: int, data: memoryview) -> None:
-        try:
-            write_all(sink, data)
-        except ConnectionError as error:
-            if self._pipeline and not self._qemu_gave_up():
-                self._pipeline.finish()
-            raise self._refusal(error) from error
-        self._bytes += len(data)
-
-    def _qemu_gave_up(self) -> bool:
-        """Its reason comes before that of the filters, which end over it."""
-        try:
-            return query_once(self._path).migration == "failed"
-        except GuestGone:
-            return True
-        except VmstateError:
-            return False
-
-    def _let_run_in_postcopy(self) -> None:
-        """The source has crossed over: from now on the guest is here, and asks for its pages."""
-        try:
-            self._near = monitor = self._near or Monitor(self._path).__enter__()
-        except GuestGone:
-            raise
-        except CannotDo:
-            # Somebody else has it; the next look will do.
+    def _end_guest(self) -> None:
+        """A QEMU is good for one try, and ended then; but not with what may be the only whole guest."""
+        of, now = self._of, self._of.phases.now
+        if now is Phase.CROSSED or (of.hello.postcopy and self._in_postcopy()):
+            self._left = Left.PAGES
             return
-        guest_state = query(monitor)
-        if guest_state.migration == "postcopy-active" and guest_state.run == "paused":
-            self._crossed = True
-            no_more_signals()
-            decision.arrive(monitor, self._facts, control.rhythm_of(monitor) if self._may_announce else None)
-            monitor.leave()
-
-    def _finish_postcopy(self) -> str:
-        """All pages are here, and the source knows."""
-        self._waiting.loaded()
-        state = query_once(self._path).run
-        with contextlib.suppress(OSError):
-            self._link.send(link.RUNNING, state=state)
-        with contextlib.suppress(VmstateError):
-            with_retry(self._path, self._waiting.afterwards)
-        return state
-
-    def _commit(self) -> str:
-        """Loaded: tell it, wait for the word, let it run."""
-        # The guest stands still: the monitor is kept for what comes, if not for long.
-        monitor = self._near or Monitor(self._path).__enter__()
-        try:
-            self._waiting.loaded_in(monitor)
-            self._rhythm = control.rhythm_of(monitor) if self._may_announce else None
-            self._loaded = True
-            self._link.tell(link.LOADED, bytes=self._bytes)
-            if self._link.comes(SOON):
-                return self._await_go(monitor)
-        finally:
-            monitor.leave()
-        if not self._link.comes(LONG):
-            raise CannotDo(f"the source has said nothing for {LONG:.0f} s")
-        return with_retry(self._path, self._await_go)
-
-    def _await_go(self, monitor: Monitor) -> str:
-        if not self._granted:
-            frame = self._link.receive()
-            if frame is not None and frame.kind == link.CANCEL:
-                self._cancelled = True
-                raise CannotDo("the source has taken its guest back, which runs on there")
-            if frame is None or frame.kind != link.GO:
-                raise CannotDo("the link is lost")
-            self._granted = True
-            no_more_signals()
-        state = decision.arrive(monitor, self._facts, self._rhythm)
-        step_back()
-        with contextlib.suppress(OSError):
-            self._link.send(link.RUNNING, state=state)
-        with contextlib.suppress(VmstateError):
-            self._waiting.afterwards(monitor)
-        return state
-
-    def _put_back(self, error: BaseException) -> BaseException:
-        no_more_signals()
-        if self._near:
-            self._near.leave()
-        if self._pipeline:
-            self._pipeline.end()
-        self._ours.close()
-        self._theirs.close()
-        if self._crossed or (self._switched and self._in_postcopy()):
-            text = f"the guest at {self._path} runs here, and lacks pages that are at its source: {error}"
-            return InDoubt(text, "at its source: vm-status tells how to go on")
-        if self._waiting.begun and not self._cancelled and (self._loaded or not self._waiting.abort_load()):
-            return self._in_doubt(error)
-        if self._process:
-            self._process.end()
-            return error
-        if self._waiting.begun:
-            self._waiting.discard()
-        if isinstance(error, VmstateError):
-            error.hints = (*error.hints, self._waiting.outcome_text())
-        return error
+        if of.waiting.begun and now is not Phase.TAKEN_BACK and (now in HELD or not of.waiting.abort_load()):
+            self._left = Left.HELD
+            return
+        self._left = Left.NOTHING
+        if of.process:
+            of.process.end()
+        elif of.waiting.begun:
+            of.waiting.discard()
 
     def _in_postcopy(self) -> bool:
         try:
-            return query_once(self._path).migration.startswith("postcopy")
+            return query_once(self._of.path).migration.startswith("postcopy")
         except VmstateError:
             return False
 
+    def _in_words(self, error: BaseException) -> BaseException:
+        path = self._of.path
+        if self._left is Left.PAGES:
+            text = f"the guest at {path} runs here, and lacks pages that are at its source: {error}"
+            return InDoubt(text, "at its source: vm-status tells how to go on")
+        if self._left is Left.HELD:
+            return self._in_doubt(error)
+        if isinstance(error, VmstateError) and not self._of.process:
+            error.hints = (*error.hints, self._of.waiting.outcome_text())
+        return error
+
     def _in_doubt(self, error: BaseException) -> BaseException:
         """It is loaded, and its source has been told so."""
-        path = self._path
+        path = self._of.path
         if isinstance(error, GuestGone):
             return GuestGone(f"{error}, when it had been loaded")
         why = "a signal came" if isinstance(error, Stopped) else str(error)
         settle = f"vm-migrate --recover {path} {markers.URI}"
-        if self._granted:
+        if self._of.phases.now in (Phase.GRANTED, Phase.ARRIVED):
             text = f"the guest at {path} was let go by its source, but does not run: {why}"
             return InDoubt(text, f"a disk image can be locked by the source: once that has ended, {settle}")
         text = f"the guest at {path} is loaded and held, and it is not known whether its source has let it go: {why}"
         return InDoubt(text, settle)
 
-    def _refusal(self, error: Exception) -> VmstateError:
-        return refusal_of(self._waiting, self._process, error, self._whole)
+    # once it runs
 
     def _set_clock(self, state: str) -> None:
         """As with the announcement: what fails is a warning."""
-        if state != "running" or not self._hello.get("clock"):
+        if state != "running" or not self._of.hello.clock:
             return
         from ..qemu import guest_agent
 
         try:
-            with Monitor(self._path) as monitor:
+            with Monitor(self._of.path) as monitor:
                 path = guest_agent.path_of(monitor)
             if path is None:
                 raise CannotDo("it has no port for a guest agent")
             guest_agent.set_time(path)
         except VmstateError as error:
-            self._report.warning(f"the clock of the guest was not set: {error}")
-            self._report.hint("its clock stood still with it: set it inside, or let NTP do that")
+            self._of.report.warning(f"the clock of the guest was not set: {error}")
+            self._of.report.hint("its clock stood still with it: set it inside, or let NTP do that")
 
     def _announce(self, state: str) -> None:
         """An announcement that fails is a warning: the guest runs."""
-        if state != "running" or not self._may_announce:
+        if state != "running" or not self._of.may_announce:
             return
         from ..announce.announcer import AnnouncePlan, Announcer
         from ..announce.messages import Narrator
         from ..announce.rounds import schedule
 
         def fail(error: VmstateError) -> None:
-            self._report.warning(f"the guest runs, but was not announced in the network: {error}")
+            self._of.report.warning(f"the guest runs, but was not announced in the network: {error}")
 
-        cards = [nic for nic in nics_of(self._waiting, self._report) if nic.iface]
+        cards = [nic for nic in nics_of(self._of.waiting, self._of.report) if nic.iface]
         if not cards:
             return
-        teller = Narrator(self._report, self._report.note, fail=fail)
+        teller = Narrator(self._of.report, self._of.report.note, fail=fail)
         try:
-            for happening in Announcer(AnnouncePlan(schedule(), guest=self._path)).run(cards):
+            for happening in Announcer(AnnouncePlan(schedule(), guest=self._of.path)).run(cards):
                 teller.tell(happening)
             teller.end()
         except VmstateError as error:

@@ -18,6 +18,7 @@ from ..qemu import control, outgoing, sendable, state
 from ..qemu.migration_progress import sample_of, words_of
 from ..qemu.state import GuestState
 from ..report import Report
+from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
 from .uri import Transport, transport_of
 
@@ -103,17 +104,22 @@ class Move:
         self._migration = outgoing.OutgoingMigration(
             plan.path, rate=plan.rate, downtime=plan.downtime, on=on, mark=mark
         )
-        self._guard: Guard | None = None
+        self._undo = Rollback(f"vm-status {plan.path}")
+        # How the guest stands that was put back, as the end of a sentence.
+        self._stands = ""
 
     def begin(self) -> None:
         """QEMU sends, and goes on by itself; what was set for it is put back in the end, whether we stay or not."""
         require_live(self._plan)
         hold_signals()
         self._guard = Guard(self._plan.path, self._migration.saved.owner)
+        self._undo.add("the watchdog", self._end_guard)
+        self._undo.add("the guest", self._take_back)
+        self._undo.add("the migration", self._cancel)
         try:
             self._migration.move(self._plan.target.uri, self._plan.target.fd)
         except BaseException as error:
-            raise self._put_back(error) from error
+            raise self._broken_off(error) from error
 
     def run(self) -> dict[str, Any]:
         """Until the guest has arrived; whatever goes wrong before, it runs on here."""
@@ -124,7 +130,7 @@ class Move:
                 self._follow()
             self._arrived()
         except BaseException as error:
-            raise self._put_back(error) from error
+            raise self._broken_off(error) from error
         no_more_signals()
         path = self._plan.path
         try:
@@ -135,8 +141,8 @@ class Move:
         return self._outcome(after, control.finish(path, self._plan.after))
 
     def _end_guard(self) -> None:
-        assert self._guard
-        self._guard.done() if self._migration.saved.restored else self._guard.leave()
+        """What we could not put back, the watchdog goes on trying."""
+        self._guard.leave() if self._undo.trouble or not self._migration.saved.restored else self._guard.done()
 
     def _follow(self) -> None:
         """Look until it is over; CannotDo once it has taken too long."""
@@ -167,30 +173,30 @@ class Move:
     def _sample(self) -> Sample | None:
         return sample_of(self._guest_state) if self._guest_state and self._guest_state.moving else None
 
-    def _put_back(self, error: BaseException) -> BaseException:
-        no_more_signals()
-        if not self._migration.begun:
-            self._end_guard()
-            return error
-        path = self._plan.path
-        try:
-            self._cancel()
-            guest_state = self._migration.take_back()
-            self._end_guard()
-        except GuestGone as gone:
-            return InDoubt(f"{gone}, while its guest was moved", "look whether it arrived: vm-status there")
-        except VmstateError as trouble:
+    def _broken_off(self, error: BaseException) -> BaseException:
+        """Undo all; the error to raise, with what has become of the guest."""
+        path, trouble = self._plan.path, self._undo.undo()
+        for _, found in trouble:
+            if isinstance(found, GuestGone):
+                return InDoubt(f"{found}, while its guest was moved", "look whether it arrived: vm-status there")
+        if trouble and _is_moved(path):
             why = "a signal came" if isinstance(error, Stopped) else str(error)
-            if _is_moved(path):
-                return InDoubt(f"{why}; but the guest had arrived before", f"vm-status {path}")
-            return InDoubt(f"{why}; and the guest could not be put back: {trouble}", f"vm-status {path}")
-        if isinstance(error, Stopped) or not isinstance(error, VmstateError):
+            return InDoubt(f"{why}; but the guest had arrived before", f"vm-status {path}")
+        if trouble:
+            return self._undo.in_doubt(error)
+        if not self._stands or not isinstance(error, VmstateError):
             return error
-        return CannotDo(f"{error}; the guest {words_of(guest_state.run)}", *error.hints)
+        return CannotDo(f"{error}{self._stands}", *error.hints)
+
+    def _take_back(self) -> None:
+        if self._migration.begun:
+            self._stands = f"; the guest {words_of(self._migration.take_back().run)}"
 
     def _cancel(self) -> None:
         """Not in the last step: the other QEMU may let the guest run already, and its word be on the way."""
         path = self._plan.path
+        if not self._migration.begun:
+            return
         guest_state = state.with_retry(path, state.query)
         if guest_state.moving and guest_state.run != "finish-migrate":
             with contextlib.suppress(CannotDo):

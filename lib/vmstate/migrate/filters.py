@@ -5,15 +5,16 @@ The source names the filters; the receiver runs none but those of its own table,
 
 import os
 import shlex
+import socket
 import threading
-from typing import Any
 
+from ..dump.relay import Outgoing
 from ..errors import CannotDo, WrongUsage
 from ..io.descriptors import BLOCK, memory
 from ..io.pipeline import ShellPipeline
 from . import link, remote
+from .messages import FILTERS
 
-MOST = 8
 INVERSES = {
     "vm-compress": "vm-compress -d",
     "vm-encrypt": "vm-encrypt -d",
@@ -46,17 +47,17 @@ def names(command: str | None) -> list[str]:
             stages[-1].append(word)
     if not all(stages):
         raise WrongUsage("--through: a filter is missing in the pipeline")
+    if len(stages) > FILTERS:
+        raise WrongUsage(f"--through: {len(stages)} filters, of which the other side takes {FILTERS}")
     return [stage[0].rpartition("/")[2] for stage in stages]
 
 
-def inverse(filters: Any, given: str | None) -> str | None:
+def inverse(filters: list[str], given: str | None) -> str | None:
     """The pipeline that undoes these; `given` is what the receiver was told to use.  CannotDo where there is none."""
     if given is not None:
         if not filters:
             raise CannotDo("the receiver expects a filter on the way (--through), and the source has none")
         return given
-    if not isinstance(filters, list) or len(filters) > MOST or not all(isinstance(name, str) for name in filters):
-        raise CannotDo(f"the source names no filters that make sense: expected at most {MOST} names")
     unknown = [name for name in filters if name not in INVERSES]
     if unknown:
         hint = "tell the receiver: vm-restore --receive --through 'COMMAND' GUEST"
@@ -108,3 +109,31 @@ class Filter:
             # Nobody reads it any more: it must not wait for ever.
             self._pipeline.kill()
         os.close(self._reading)
+
+
+class FilteredStream:
+    """QEMU's stream, as it is, through such a pipeline.  `sent` counts the bytes that have gone into it."""
+
+    def __init__(self, command: str, qemu: socket.socket, peer: remote.Peer) -> None:
+        self._filter = Filter(command, peer)
+        self._outgoing = Outgoing(qemu, self._filter.fd, whole=True)
+
+    @property
+    def sent(self) -> int:
+        return self._outgoing.sent
+
+    def run(self) -> str:
+        """'sent' where all of it has come out of the filters, and gone."""
+        try:
+            self._outgoing.run()
+        except BrokenPipeError as error:
+            raise self._filter.trouble() from error
+        self._filter.finish()
+        return "sent"
+
+    def answer(self, status: int) -> None:
+        """As `relay.answer`."""
+        self._outgoing.answer(status)
+
+    def end(self) -> None:
+        self._filter.end()

@@ -1,7 +1,6 @@
 """One finding of the checks before a migration."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 THERE = "start the QEMU there with the same"
 
@@ -16,12 +15,6 @@ class Finding:
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> "Finding":
-        """The inverse of `as_dict`; what has no known level is an error."""
-        level = "warning" if found.get("level") == "warning" else "error"
-        return cls(level, str(found.get("text", "")), str(found.get("hint", "")))
 
 
 def new_error(text: str, hint: str) -> Finding:

@@ -1,4 +1,4 @@
-"""The wire protocol of a migration over a link: frames over two descriptors, and their meaning.
+"""The wire protocol of a migration over a link: frames over two descriptors; `messages` reads what they say.
 
 Source: docs/link.md, which says what each frame means and who sends it when.
 """
@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CannotDo, Damaged, InDoubt, Misfit, VmstateError
+from ..errors import CannotDo, Damaged
 from ..io.descriptors import BLOCK, enlarge, memory, write_all
 from ..io.readers import FdReader
 
@@ -26,11 +26,10 @@ SUMMED = 1
 ROOM = 256 << 10
 HELLO, ACCEPT, REFUSE, DATA, BACK, SWITCH, END, LOADED, GO, RUNNING, CANCEL = b"HARDBSELGNC"
 RAW = (DATA, BACK)
-# Of a receiver's words, the error that they are on our side.
-FAMILY = {1: CannotDo, 2: CannotDo, 3: Damaged, 4: Misfit, 5: InDoubt}
 # The other side may have to start a QEMU, or somebody to type a password.
 ANSWERS = 60.0
 ENDS = 10.0
+LOST = "the link is lost: its source has ended, or the way to it"
 # More than an honest other side has to say at once.
 MANY = 64
 
@@ -67,7 +66,7 @@ class Link:
         try:
             self.send(kind, **values)
         except OSError as error:
-            raise CannotDo("the link is lost: its source has ended, or the way to it") from error
+            raise CannotDo(LOST) from error
 
     def send_bytes(self, kind: int, view: memoryview) -> None:
         with self._one_at_a_time:
@@ -134,15 +133,3 @@ def _values(payload: memoryview) -> dict[str, Any]:
 def _what_it_said(begin: bytes) -> str:
     text = begin.decode("ascii", "backslashreplace")
     return f"expected a 'vm-restore --receive' there, silent but for its frames; found {text!r}"
-
-
-def words_of_error(error: VmstateError) -> dict[str, Any]:
-    return {"status": error.status, "message": str(error), "hints": list(error.hints)}
-
-
-def error_of(values: dict[str, Any]) -> VmstateError:
-    """What the other side has refused, as an error of ours."""
-    status, hints = values.get("status"), values.get("hints")
-    family = FAMILY.get(status, CannotDo) if isinstance(status, int) else CannotDo
-    words = [str(hint) for hint in hints[:MANY]] if isinstance(hints, list) else []
-    return family(f"the other side: {values.get('message', 'it gave no reason')}", *words)

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..dump.relay import Outgoing
 from ..errors import CannotDo, VmstateError
 from ..qemu import state
 from ..qemu.monitor import Monitor
 from ..qemu.settings import SavedSettings
 from ..qemu.state import GuestState
 from .direct import MigratePlan, too_long
+from .filters import FilteredStream
 from .postcopy_link import PostcopyBridge
 
 LOOK = 0.15
@@ -35,7 +35,7 @@ class Watch:
     def __init__(
         self,
         plan: MigratePlan,
-        outgoing: Outgoing | PostcopyBridge,
+        outgoing: FilteredStream | PostcopyBridge,
         saved: SavedSettings,
         interrupt: Callable[[VmstateError], object],
     ) -> None:

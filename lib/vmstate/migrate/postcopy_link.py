@@ -14,7 +14,7 @@ from ..errors import CannotDo, InDoubt, VmstateError
 from ..io.descriptors import BLOCK, channel, memory
 from ..qemu import control, markers, outgoing, state
 from ..qemu.monitor import Monitor
-from . import decision, link
+from . import decision, link, messages
 from .link import ANSWERS, LinkFrame
 from .remote import Peer
 from .uri import Transport
@@ -101,7 +101,7 @@ def finish_postcopy(path: str, peer: Peer) -> str:
     guest_state = state.wait_for(path, lambda s: not s.moving or s.migration == "postcopy-paused", 60, "to complete")
     if not guest_state.given_away:
         raise CannotDo(f"QEMU ended the move as '{guest_state.migration}': {guest_state.reason}")
-    return str(peer.expect(link.RUNNING, ANSWERS).values.get("state"))
+    return messages.Running.of(peer.expect(link.RUNNING, ANSWERS)).state
 
 
 def resume(path: str, transport: Transport, move: str) -> str:

@@ -32,7 +32,7 @@ def compare(source: Facts, there: Facts) -> list[Finding]:
         if all(key in facts for key in keys for facts in (source, there)):
             try:
                 found += check(source, there)
-            except (AttributeError, LookupError, TypeError, ValueError):
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 text = f"cannot compare {' and '.join(keys) or 'all'}: the two sides tell it in different ways"
                 found.append(new_warning(text, "use one version of this toolkit on both hosts"))
     return sorted(found, key=lambda finding: finding.level != "error")

@@ -7,7 +7,7 @@ from ..errors import CannotDo, InDoubt, VmstateError
 from ..qemu import control, markers, settings, state
 from ..qemu.monitor import Monitor
 from ..signals import no_more_signals
-from . import decision, link
+from . import decision, link, messages
 from .decision import migration_state
 from .postcopy_link import resume
 from .remote import Peer
@@ -21,13 +21,13 @@ def go(transport: Transport, move: str) -> str:
     """
     peer = Peer(transport)
     try:
-        there = peer.ask("settle", move=move)
-        if there.get("move") == move and there.get("state") == "running":
-            return str(there.get("run"))
-        if there.get("move") != move or there.get("state") != "loaded":
-            raise InDoubt(f"the guest of this move is not there: the one there is '{there.get('state')}'")
+        there = messages.Stand.of(peer.ask("settle", move=move))
+        if there.move == move and there.state == "running":
+            return there.run
+        if there.move != move or there.state != "loaded":
+            raise InDoubt(f"the guest of this move is not there: the one there is '{there.state}'")
         peer.tell(link.GO, move=move)
-        return str(peer.expect(link.RUNNING, link.ANSWERS).values.get("state"))
+        return messages.Running.of(peer.expect(link.RUNNING, link.ANSWERS)).state
     finally:
         peer.leave()
 
@@ -105,10 +105,10 @@ def _source(path: str, transport: Transport | None, move: str) -> dict[str, Any]
 def _ask(transport: Transport, move: str) -> str:
     peer = Peer(transport)
     try:
-        there = peer.ask("settle", move=move)
+        there = messages.Stand.of(peer.ask("settle", move=move))
     finally:
         peer.leave()
-    return str(there.get("state")) if there.get("move") == move else "not there"
+    return there.state if there.move == move else "not there"
 
 
 def _destination(
@@ -138,21 +138,20 @@ def _require_grant(path: str, transport: Transport | None, move: str, facts: dic
         raise InDoubt(f"the guest at {path} was loaded, and whether its source has let it go is not known", hint, sure)
     peer = Peer(transport)
     try:
-        there = peer.ask("grant", move=move)
+        there = messages.Grant.of(peer.ask("grant", move=move))
     except VmstateError as error:
         raise InDoubt(f"the source of the guest at {path}, {source}, was not reached: {error}", sure) from error
     finally:
         peer.leave()
-    state = there.get("state")
-    if state == "granted":
+    if there.state == "granted":
         return
-    if state == "here":
+    if there.state == "here":
         text = f"the guest at {path} runs at its source, {source}: this copy is of no use"
         raise InDoubt(text, "end this QEMU, and start it again with -incoming defer")
-    if state == "undecided":
+    if there.state == "undecided":
         text = f"the source of the guest at {path}, {source}, has not decided yet"
         raise InDoubt(text, "ask again in a moment")
     # It may have run on there, and have been ended: then this copy is an old one.
-    asked = f"{there.get('guest')} on {there.get('host')}"
-    what = "is no QEMU any more" if state == "gone" else "knows nothing of it"
+    asked = f"{there.guest} on {there.host}"
+    what = "is no QEMU any more" if there.state == "gone" else "knows nothing of it"
     raise InDoubt(f"the source of the guest at {path} was {source}; now {asked} {what}", sure)

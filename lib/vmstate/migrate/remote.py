@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import CannotDo, Damaged, VmstateError
 from ..io.pipeline import end_group, words_of_status
-from .link import ACCEPT, ANSWERS, ENDS, HELLO, MANY, REFUSE, VERSION, Link, LinkFrame, error_of
+from . import messages
+from .link import ACCEPT, ANSWERS, ENDS, HELLO, MANY, REFUSE, VERSION, Link, LinkFrame
 from .uri import Transport
 
 
@@ -39,10 +40,10 @@ class Peer:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
-    def ask(self, purpose: str, **values: Any) -> dict[str, Any]:
+    def ask(self, purpose: str, **values: Any) -> LinkFrame:
         """Say hello; what the other side answers when it accepts, else its refusal as an error."""
         self.tell(HELLO, version=VERSION, purpose=purpose, **values)
-        return self.expect(ACCEPT, ANSWERS).values
+        return self.expect(ACCEPT, ANSWERS)
 
     def tell(self, kind: int, **values: Any) -> None:
         """CannotDo where the link is gone."""
@@ -62,7 +63,7 @@ class Peer:
         if isinstance(said, VmstateError):
             self._refusal = said
         elif said.kind == REFUSE:
-            self._refusal = error_of(said.values)
+            self._refusal = messages.refused(said)
         if self._refusal:
             raise self._refusal
         assert isinstance(said, LinkFrame)
@@ -90,7 +91,7 @@ class Peer:
                 if isinstance(said, VmstateError):
                     self._refusal = said
                 elif said and said.kind == REFUSE:
-                    self._refusal = error_of(said.values)
+                    self._refusal = messages.refused(said)
         return self._refusal
 
     def leave(self) -> None:

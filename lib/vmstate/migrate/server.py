@@ -16,9 +16,11 @@ from ..qemu.monitor import Monitor
 from ..qemu.state import query, with_retry
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals
-from . import decision, filters, finding, link, preflight
-from .destination import IncomingMigration, ReceivePlan, move_of
+from . import decision, filters, finding, link, messages, preflight
+from .destination import IncomingMigration
 from .link import Link, LinkFrame
+from .messages import Go, Hello
+from .reception import ReceivePlan
 
 
 class Receive:
@@ -29,7 +31,6 @@ class Receive:
         self._report = report
         self._link = Link(reading, writing)
         self._process: Process | None = None
-        self._hello: dict[str, Any] = {}
         if plan.command:
             check_arguments(plan.command[1:])
 
@@ -39,7 +40,7 @@ class Receive:
             return self._serve()
         except VmstateError as error:
             with contextlib.suppress(OSError):
-                self._link.send(link.REFUSE, **link.words_of_error(error))
+                self._link.send(link.REFUSE, **messages.refusal(error))
                 error.told = True
             raise
         except Exception as error:
@@ -48,54 +49,48 @@ class Receive:
             raise
 
     def _serve(self) -> dict[str, Any]:
-        purposes: dict[str, Callable[[], dict[str, Any]]] = {
+        purposes: dict[str, Callable[[Hello], dict[str, Any]]] = {
             "move": self._move,
             "check": self._check,
             "settle": self._settle,
             "grant": self._grant,
             "resume": self._resume,
         }
-        self._hello = self._expect(link.HELLO, link.ANSWERS).values
-        version, purpose = self._hello.get("version"), str(self._hello.get("purpose"))
-        if version != link.VERSION:
-            raise CannotDo(f"the source speaks version {version} of the link, this side version {link.VERSION}")
-        if purpose not in purposes:
-            raise CannotDo(f"the source asks for '{purpose}', which this version does not know")
-        return purposes[purpose]()
+        hello = Hello.of(self._expect(link.HELLO, link.ANSWERS))
+        return purposes[hello.purpose](hello)
 
-    def _move(self) -> dict[str, Any]:
+    def _move(self, hello: Hello) -> dict[str, Any]:
         try:
-            move_of(self._hello)
-            path, findings = self._look()
+            path, findings = self._look(hello)
             if errors := [finding for finding in findings if finding.level == "error"]:
                 raise Misfit(errors[0].text, errors[0].hint)
         except BaseException:
             no_more_signals()
             self._end_process()
             raise
-        migration = IncomingMigration(self._plan, path, self._report, self._link, self._hello, self._process)
-        return migration.run([finding.as_dict() for finding in findings])
+        migration = IncomingMigration(self._plan, path, self._report, self._link, hello, self._process)
+        return migration.run(findings)
 
-    def _resume(self) -> dict[str, Any]:
-        return IncomingMigration(self._plan, self._path(), self._report, self._link, self._hello, None).resume()
+    def _resume(self, hello: Hello) -> dict[str, Any]:
+        return IncomingMigration(self._plan, self._path(), self._report, self._link, hello, None).resume()
 
-    def _check(self) -> dict[str, Any]:
+    def _check(self, hello: Hello) -> dict[str, Any]:
         """As a move, but for the move."""
         try:
-            path, findings = self._look()
-            self._link.tell(link.ACCEPT, guest=path, findings=[finding.as_dict() for finding in findings])
+            path, findings = self._look(hello)
+            self._link.tell(link.ACCEPT, guest=path, findings=messages.told(findings))
             return {"guest": path, "state": "inmigrate"}
         finally:
             self._end_process()
 
-    def _look(self) -> tuple[str, list[finding.Finding]]:
+    def _look(self, hello: Hello) -> tuple[str, list[finding.Finding]]:
         """The guest, and what speaks against its taking the source's."""
-        filters.inverse(self._hello.get("through", []), self._plan.back)
+        filters.inverse(hello.through, self._plan.back)
         path = self._start() if self._plan.command else self._path()
         with Monitor(path) as monitor:
             require_waiting(monitor, path)
             there = preflight.facts(monitor)
-        return path, preflight.compare(self._hello.get("facts", {}), there)
+        return path, preflight.compare(hello.facts, there)
 
     def _start(self) -> str:
         hold_signals()
@@ -106,14 +101,14 @@ class Receive:
 
     # what a move has left
 
-    def _settle(self) -> dict[str, Any]:
+    def _settle(self, _hello: Hello) -> dict[str, Any]:
         """Say where the guest stands; a source that has granted it may then say go."""
         path = self._path()
         values = decision.migration_state(path)
         self._link.tell(link.ACCEPT, **values)
         while frame := self._link.receive():
             if frame.kind == link.GO:
-                values = self._go_after_all(path, str(frame.values.get("move")))
+                values = self._go_after_all(path, Go.of(frame).move)
                 self._link.tell(link.RUNNING, **values)
         return {"guest": path, **values}
 
@@ -132,9 +127,9 @@ class Receive:
 
         return {"state": with_retry(path, go)}
 
-    def _grant(self) -> dict[str, Any]:
+    def _grant(self, hello: Hello) -> dict[str, Any]:
         """Here is the source: let its guest go, if it was given away in this move."""
-        path, move = self._path(), move_of(self._hello)
+        path, move = self._path(), hello.move
         try:
             state = with_retry(path, lambda monitor: decision.grant(monitor, move))
         except GuestGone:

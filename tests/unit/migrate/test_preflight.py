@@ -1,10 +1,8 @@
 """What is found in the facts of two guests, where real ones would need two hosts, other versions or old tools."""
 
 import copy
-import json
 
 import pytest
-from vmstate.migrate.finding import Finding
 from vmstate.migrate.preflight import compare
 from vmstate.qemu import cpu_features, inventory, qtree
 
@@ -59,12 +57,6 @@ def test_facts_that_are_missing_are_not_judged(name):
 def test_facts_that_are_told_in_another_way(name, odd):
     assert isinstance(compare({**copy.deepcopy(FACTS), name: odd}, FACTS), list)
     assert isinstance(compare(FACTS, {**copy.deepcopy(FACTS), name: odd}), list)
-
-
-def test_findings_travel():
-    for finding in (Finding("error", "a", "b"), Finding("warning", "c")):
-        assert Finding.from_dict(json.loads(json.dumps(finding.as_dict()))) == finding
-    assert Finding.from_dict({"level": "disaster", "text": "x"}).level == "error"
 
 
 def test_errors_come_first():

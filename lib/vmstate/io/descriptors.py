@@ -9,10 +9,13 @@ import fcntl
 import mmap
 import os
 import select
-import socket
 import stat
 import struct
 import termios
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
 
 BLOCK = 1 << 20
 # What is held back until an input has proven its end: QEMU starts a guest once it has the end mark, and the description
@@ -21,6 +24,8 @@ HOLD = 16 << 20
 # The kernel copies into memory at other places than multiples of this at a quarter of the speed (measured on an AMD
 # EPYC); a large bytearray lies at such a place.
 EVEN = 32
+# A huge page of most machines
+HUGE = 2 << 20
 SIOCOUTQ = termios.TIOCOUTQ
 F_SETPIPE_SZ = 1031
 # os has it from Python 3.12 on.
@@ -39,8 +44,13 @@ def kind(fd: int) -> str:
 
 
 def memory(size: int) -> memoryview:
-    """Memory to read into, at the start of a page (see `EVEN`)."""
-    return memoryview(mmap.mmap(-1, size))
+    """Memory to read into, at the start of a page (see `EVEN`); of this process alone."""
+    made = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE:
+        # One fault in place of 512; a kernel may have none of these.
+        with contextlib.suppress(OSError):
+            made.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(made)
 
 
 def enlarge(fd: int, size: int = BLOCK) -> None:
@@ -52,13 +62,17 @@ def enlarge(fd: int, size: int = BLOCK) -> None:
         if kind(fd) == "pipe":
             fcntl.fcntl(fd, F_SETPIPE_SZ, size)
         elif kind(fd) == "socket":
+            import socket
+
             with socket.socket(fileno=os.dup(fd)) as twin:
                 for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     twin.setsockopt(socket.SOL_SOCKET, option, size)
 
 
-def channel(size: int = BLOCK) -> tuple[socket.socket, socket.socket]:
+def channel(size: int = BLOCK) -> "tuple[socket.socket, socket.socket]":
     """Two ends of a stream socket with room for `size` bytes: one for QEMU, one for us."""
+    import socket
+
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for end in ends:
         enlarge(end.fileno(), size)

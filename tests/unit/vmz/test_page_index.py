@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from vmstate.errors import CannotDo
 from vmstate.inspect.summary import survey, survey_index
 from vmstate.stream import constants
-from vmstate.stream.page_map import AGAIN, NORMAL, ZERO, PageMap
+from vmstate.stream.page_map import AGAIN, NORMAL, UNSENT, ZERO, PageMap
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Block, Blocks, EndOfBody, Packed, Pages, Record
 from vmstate.stream.validate import State
@@ -355,3 +356,13 @@ def test_a_reader_of_a_part() -> None:
             while count := reader.readinto(view):
                 found += view[:count]
             assert found == content[begin:end]
+
+
+@given(st.lists(st.tuples(st.sampled_from([UNSENT, ZERO, NORMAL, ZERO | AGAIN, NORMAL | AGAIN, 9]), st.integers(1, 9))))
+def test_pages_of_one_kind_are_found_together(runs: list[tuple[int, int]]) -> None:
+    """One of a kind that there is not yet is left out neither."""
+    kinds = b"".join(bytes((kind,)) * count for kind, count in runs)
+    found = [same[0] for same in page_index.SAME.finditer(kinds)]
+    assert b"".join(found) == kinds
+    assert all(len(set(piece)) == 1 for piece in found)
+    assert all(one[0] != other[0] or one[0] == 9 for one, other in pairwise(found))

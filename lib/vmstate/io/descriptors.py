@@ -12,6 +12,7 @@ import select
 import stat
 import struct
 import termios
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -98,6 +99,21 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         except BlockingIOError:
             # A descriptor shared with a shell or ssh may have been made non-blocking by the other side.
             wait(fd, select.POLLOUT)
+
+
+def write_pieces(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
+    """All of some pieces, of which there are less than 1024, one behind the other, without joining them.
+
+    Raises what `write_all` raises.
+    """
+    try:
+        done = os.writev(fd, pieces)
+    except BlockingIOError:
+        done = 0
+    for piece in pieces:
+        if done < len(piece):
+            write_all(fd, memoryview(piece)[done:])
+        done = max(0, done - len(piece))
 
 
 def splice(source: int, sink: int, count: int) -> int:

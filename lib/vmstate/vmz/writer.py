@@ -3,7 +3,8 @@
 from collections import deque
 from threading import local
 
-from ..io.descriptors import memory, write_all
+from ..io.descriptors import memory, write_all, write_pieces
+from ..io.output import WriteBack
 from . import zstd
 from .file_format import (
     AHEAD,
@@ -33,6 +34,7 @@ class Writer:
 
     def __init__(self, fd: int, level: int, threads: int = 0, *, other: bool = False) -> None:
         self._fd = fd
+        self._write_back = WriteBack(fd)
         self._level = level
         _, context = zstd.packer(level, FRAME)
         threads = max(1, min(processors(threads), MEMORY // (2 * GROUP + context)))
@@ -100,9 +102,8 @@ class Writer:
         table, frames = self._pool.next()
         self._begin()
         self._free.append(self._busy.popleft())
-        write_all(self._fd, FRAME_HEAD.pack(zstd.SKIPPABLE + TABLE, len(table)) + table)
-        for frame in frames:
-            write_all(self._fd, frame)
+        write_pieces(self._fd, [FRAME_HEAD.pack(zstd.SKIPPABLE + TABLE, len(table)), table, *frames])
+        self._write_back.begin()
         self.tally.group(table, frames)
 
     def _pack(self, content: memoryview) -> tuple[bytes, list[bytes]]:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vmstate.errors import CannotDo, WrongUsage
 from vmstate.io import descriptors
-from vmstate.io.descriptors import unread, write_all
-from vmstate.io.output import Output, wait_until_read
+from vmstate.io.descriptors import unread, write_all, write_pieces
+from vmstate.io.output import Output, WriteBack, wait_until_read
 from vmstate.io.readers import FdReader, Pushback, read_up_to
 
 from unit.streams import Pieces
@@ -36,6 +36,39 @@ def test_write_all_into_a_non_blocking_pipe() -> None:
     write_all(theirs, data)
     reader.join(20)
     assert taken == [data]
+
+
+def test_write_pieces_into_a_non_blocking_pipe() -> None:
+    """It takes a part of them, ends within one of them, or takes none at all."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    pieces: list[bytes | memoryview] = [b"", os.urandom(3), memoryview(os.urandom(100_000)), b"", os.urandom(200_000)]
+    taken: list[bytes] = []
+    reader = threading.Thread(target=lambda: taken.append(read_up_to(FdReader(ours), 2 * 300_003)))
+    reader.start()
+    for _ in range(2):
+        write_pieces(theirs, pieces)
+    reader.join(20)
+    assert taken == [b"".join(pieces) * 2]
+
+
+def test_the_disk_begins_with_whole_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, offset, count, _advice: asked.append((offset, count)))
+    page = os.sysconf("SC_PAGE_SIZE")
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        file.write(b"x" * page)
+        write_back = WriteBack(file.fileno())
+        for count in (page // 2, page, 0, 3 * page):
+            file.write(b"x" * count)
+            write_back.begin()
+    assert asked == [(page, page), (2 * page, 3 * page)]
+
+
+def test_a_pipe_has_no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    for fd in os.pipe():
+        WriteBack(fd).begin()
 
 
 def test_reading_from_a_non_blocking_pipe() -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
 
 from ..errors import CannotDo
 
@@ -46,6 +45,8 @@ def overlays_of(image: str) -> list[str]:
 
 def run_qemu_img(*arguments: str) -> str:
     """What it says; CannotDo with its words."""
+    import subprocess
+
     try:
         done = subprocess.run(
             ("qemu-img", *arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600

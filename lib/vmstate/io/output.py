@@ -34,8 +34,6 @@ class Output:
         if os.path.exists(path) and not os.path.isfile(path):
             self.fd = os.open(path, os.O_WRONLY)
             return
-        import tempfile
-
         self._path = os.path.realpath(path)
         folder, name = os.path.split(self._path)
         temporary = os.path.join(folder, f"{name}.{os.urandom(6).hex()}.part")

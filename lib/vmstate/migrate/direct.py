@@ -6,8 +6,7 @@ Where the channel has two directions the far end says how it fared, and a guest 
 import contextlib
 import os
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..dump.live import Dump, DumpPlan
 from ..dump.watchdog import Guard
@@ -26,8 +25,7 @@ LOOK = 0.05
 KINDS = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, link:COMMAND or ssh://[USER@]HOST/GUEST"
 
 
-@dataclass(frozen=True)
-class MigrationTarget:
+class MigrationTarget(NamedTuple):
     """Where to: `uri` as QEMU knows it, `fd` to be handed to it, `command` for the shell, or `way` to a receiver."""
 
     uri: str
@@ -62,8 +60,7 @@ def _descriptor(uri: str, fd: int) -> MigrationTarget:
         raise WrongUsage(f"{uri}: {os.strerror(error.errno or 0).lower()}", hint) from error
 
 
-@dataclass(frozen=True)
-class MigratePlan:
+class MigratePlan(NamedTuple):
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `after` 'paused' or 'quit'.
 
     on: further capabilities of QEMU.  timeout: in seconds, rounds: how often RAM is gone through; then it is cancelled.
@@ -78,7 +75,7 @@ class MigratePlan:
     after: str = "paused"
     rate: int | None = None
     downtime: int | None = None
-    on: tuple[str, ...] = field(default=())
+    on: tuple[str, ...] = ()
     timeout: float | None = None
     rounds: int | None = None
     handover: float = 30.0

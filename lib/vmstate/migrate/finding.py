@@ -1,12 +1,11 @@
 """One finding of the checks before a migration."""
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 THERE = "start the QEMU there with the same"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What keeps a guest from its move ('error'), or may ('warning'); `hint` says what to do next."""
 
     level: str
@@ -14,7 +13,7 @@ class Finding:
     hint: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        return asdict(self)
+        return self._asdict()
 
 
 def new_error(text: str, hint: str) -> Finding:

@@ -3,7 +3,6 @@
 Source: docs/link.md, "A move".
 """
 
-from dataclasses import dataclass, field
 from enum import Enum
 
 from ..errors import VmstateError
@@ -44,20 +43,24 @@ WATCHDOG, LINK, GUEST = "the watchdog", "the link", "the guest"
 THERE = "where this QEMU is gone, on the other side: vm-status there tells how to let the guest go on"
 
 
-@dataclass(frozen=True)
 class Handover:
     """move: its number.  reasons: why it was interrupted from here; the first one counts."""
 
-    plan: MigratePlan
-    transport: Transport
-    report: Report
-    move: str
-    peer: Peer
-    migration: OutgoingMigration
-    near: NearMonitor
-    undo: Rollback
-    phases: Phases[Phase] = field(default_factory=lambda: Phases(Phase.ASKING, STEPS))
-    reasons: list[VmstateError] = field(default_factory=list)
+    def __init__(
+        self,
+        plan: MigratePlan,
+        transport: Transport,
+        report: Report,
+        move: str,
+        peer: Peer,
+        migration: OutgoingMigration,
+        near: NearMonitor,
+        undo: Rollback,
+    ) -> None:
+        self.plan, self.transport, self.report, self.move = plan, transport, report, move
+        self.peer, self.migration, self.near, self.undo = peer, migration, near, undo
+        self.phases: Phases[Phase] = Phases(Phase.ASKING, STEPS)
+        self.reasons: list[VmstateError] = []
 
     @property
     def midway(self) -> bool:

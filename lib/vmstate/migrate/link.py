@@ -8,7 +8,6 @@ import select
 import struct
 import threading
 import zlib
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CannotDo, Damaged
@@ -32,15 +31,14 @@ ENDS = 10.0
 LOST = "the link is lost: its source has ended, or the way to it"
 # More than an honest other side has to say at once.
 MANY = 64
+EMPTY = memoryview(b"")
 
 
-@dataclass
 class LinkFrame:
     """One frame: `data` of those that carry bytes (good until the next is received), `values` of all others."""
 
-    kind: int
-    data: memoryview = field(default_factory=lambda: memoryview(b""))
-    values: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, kind: int, data: memoryview = EMPTY, values: dict[str, Any] | None = None) -> None:
+        self.kind, self.data, self.values = kind, data, values or {}
 
 
 class Link:

@@ -3,9 +3,9 @@
 Source: docs/link.md, "A move".
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CannotDo, VmstateError
 from ..phases import Phases
@@ -19,15 +19,14 @@ from .messages import Hello
 from .near import NearMonitor
 
 
-@dataclass(frozen=True)
-class ReceivePlan:
+class ReceivePlan(NamedTuple):
     """path: the waiting guest, or command: the QEMU to start.  back: the inverse of the filters on the way.
 
     announce: whether to announce the guest in the network once it runs.
     """
 
     path: str | None = None
-    command: list[str] = field(default_factory=list)
+    command: Sequence[str] = ()
     back: str | None = None
     announce: bool = True
 
@@ -57,20 +56,25 @@ STEPS = {
 HELD = (Phase.LOADED, Phase.GRANTED, Phase.ARRIVED)
 
 
-@dataclass(frozen=True)
 class Reception:
     """hello: what its source has said; process: the QEMU, where we have started it."""
 
-    plan: ReceivePlan
-    path: str
-    report: Report
-    link: Link
-    hello: Hello
-    process: Process | None
-    waiting: Waiting
-    near: NearMonitor
-    undo: Rollback
-    phases: Phases[Phase] = field(default_factory=lambda: Phases(Phase.ACCEPTED, STEPS))
+    def __init__(
+        self,
+        plan: ReceivePlan,
+        path: str,
+        report: Report,
+        link: Link,
+        hello: Hello,
+        process: Process | None,
+        waiting: Waiting,
+        near: NearMonitor,
+        undo: Rollback,
+    ) -> None:
+        self.plan, self.path, self.report, self.link = plan, path, report, link
+        self.hello, self.process, self.waiting, self.near = hello, process, waiting, near
+        self.undo = undo
+        self.phases: Phases[Phase] = Phases(Phase.ACCEPTED, STEPS)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -4,10 +4,7 @@ import functools
 import os
 import re
 import shlex
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import NamedTuple
 
 from ..errors import WrongUsage
 
@@ -17,8 +14,7 @@ ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 QUICK = ("-o", "Ciphers=^aes128-gcm@openssh.com,aes256-gcm@openssh.com")
 
 
-@dataclass(frozen=True)
-class Transport:
+class Transport(NamedTuple):
     """To the other side: a shell's `command`, or ssh (`words`: it and its options) to run `remote` on `host`.
 
     sums: whether the data are to carry checksums.
@@ -48,6 +44,8 @@ def transport_of(uri: str) -> Transport | None:
 
 
 def _over_ssh(uri: str) -> Transport:
+    from urllib.parse import unquote, urlsplit
+
     try:
         parts = urlsplit(uri)
         port = parts.port
@@ -71,7 +69,8 @@ def _over_ssh(uri: str) -> Transport:
 
 def has_aes() -> bool:
     try:
-        return re.search(r"^(flags|Features)\b.*\baes\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return re.search(r"^(flags|Features)\b.*\baes\b", file.read(), re.MULTILINE) is not None
     except OSError:
         return False
 
@@ -92,6 +91,8 @@ def _leaves_ciphers_open(ssh: tuple[str, ...], where: tuple[str, str]) -> bool:
 
 
 def _ciphers(*command: str) -> str | None:
+    import subprocess
+
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=2, check=False

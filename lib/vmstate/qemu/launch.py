@@ -5,13 +5,16 @@ import os
 import re
 import signal
 import socket
-import subprocess
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ..deadline import Deadline
 from ..errors import CannotDo, VmstateError, WrongUsage
 from .monitor import Monitor
+
+if TYPE_CHECKING:
+    import subprocess
 
 STARTS = 30.0
 # Options under which a guest wants our terminal, or its life would not be ours to judge.
@@ -64,6 +67,8 @@ class Process:
         self._process = self._start([*command, "-incoming", "defer"])
 
     def _start(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        import subprocess
+
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             null = subprocess.DEVNULL
@@ -84,6 +89,8 @@ class Process:
 
     def alive(self) -> bool:
         """False once it has ended; one that is about to is given half a second."""
+        import subprocess
+
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.5)
         return self._process.poll() is None
@@ -98,6 +105,8 @@ class Process:
 
     def end(self) -> None:
         """End it, and take away what only it needed."""
+        import subprocess
+
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):

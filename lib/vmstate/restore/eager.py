@@ -5,9 +5,8 @@ Here the part that talks to QEMU and the part that reads the stream meet.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.revert import Revert
 from ..errors import Damaged, GuestGone, Refused, VmstateError
 from ..io.descriptors import HOLD, channel
 from ..io.pipeline import ShellPipeline
@@ -28,6 +27,9 @@ from .outcome import Outcome, left_over, nics_of, refusal_of
 from .relay import Head, Incoming, QemuStopped, read_head
 from .used_states import UsedStates
 
+if TYPE_CHECKING:
+    from ..checkpoint.revert import Revert
+
 
 class RestorePlan(NamedTuple):
     """path: the waiting guest, or command: the QEMU to start.  run: None as saved, else whether it is to run.
@@ -39,7 +41,7 @@ class RestorePlan(NamedTuple):
     command: Sequence[str] = ()
     run: bool | None = None
     source: str | None = None
-    disks: Revert | None = None
+    disks: "Revert | None" = None
     used: UsedStates | None = None
 
 

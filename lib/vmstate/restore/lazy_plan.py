@@ -1,11 +1,13 @@
 """What a lazy restore is to do."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.revert import Revert
 from .page_order import Place
 from .used_states import UsedStates
+
+if TYPE_CHECKING:
+    from ..checkpoint.revert import Revert
 
 
 class LazyPlan(NamedTuple):
@@ -22,5 +24,5 @@ class LazyPlan(NamedTuple):
     first: Sequence[Place] = ()
     resume: bool = False
     sure: bool = False
-    disks: Revert | None = None
+    disks: "Revert | None" = None
     used: UsedStates | None = None

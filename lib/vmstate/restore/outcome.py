@@ -1,13 +1,14 @@
 """What became of a restore: the guest's state and cards, or why QEMU refused."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Refused, VmstateError
-from ..net.nic import Nic
 from ..qemu.incoming import Waiting, refusal
-from ..qemu.launch import Process
-from ..qemu.nics import from_info_network
 from ..report import Report
+
+if TYPE_CHECKING:
+    from ..net.nic import Nic
+    from ..qemu.launch import Process
 
 
 class Outcome(NamedTuple):
@@ -18,7 +19,7 @@ class Outcome(NamedTuple):
     saved: str
     machine: str
     bytes: int
-    nics: list[Nic]
+    nics: "list[Nic]"
 
     def values(self) -> dict[str, Any]:
         cards = [{"mac": nic.mac, "iface": nic.iface, "addresses": list(nic.addresses)} for nic in self.nics]
@@ -30,7 +31,7 @@ def left_over(path: str | None) -> str:
     return f"vm-status {path}" if path else "a QEMU that was started may be left: end it before the next try"
 
 
-def refusal_of(waiting: Waiting, process: Process | None, error: Exception, whole: bool) -> VmstateError:
+def refusal_of(waiting: Waiting, process: "Process | None", error: Exception, whole: bool) -> VmstateError:
     """Why QEMU did not take a state, in its own words where they can be had; `whole`: the state had proven its end."""
     if process and not process.alive():
         return refusal(process.words(), whole)
@@ -47,8 +48,10 @@ def refusal_of(waiting: Waiting, process: Process | None, error: Exception, whol
     return refusal("", whole)
 
 
-def nics_of(waiting: Waiting, report: Report) -> list[Nic]:
+def nics_of(waiting: Waiting, report: Report) -> "list[Nic]":
     """The cards; the guest runs already, and what cannot be learnt now does not change that."""
+    from ..qemu.nics import from_info_network
+
     try:
         return from_info_network(*waiting.nic_facts())
     except (VmstateError, OSError) as error:

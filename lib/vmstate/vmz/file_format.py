@@ -8,7 +8,7 @@ content that was whole.
 import struct
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import Damaged
 from . import zstd
@@ -51,21 +51,17 @@ REC_GROUPS, REC_STATE, REC_BLOCK = 2, 3, 4
 KNOWN = (REC_TOTALS,)
 
 
-@dataclass
 class FileTally:
     """What a file is made of, as far as it has been written or read; enough to write or to check its last two frames.
 
     contents, packed, digests: of each group its content, its bytes with its table, the digest in its table.
     """
 
-    size: int = FRAME
-    flags: int = 0
-    offset: int = 0
-    content: int = 0
-    contents: "array[int]" = field(default_factory=lambda: array("I"))
-    packed: "array[int]" = field(default_factory=lambda: array("I"))
-    digests: "array[int]" = field(default_factory=lambda: array("Q"))
-    seek: "array[int]" = field(default_factory=lambda: array("I"))
+    def __init__(self, size: int = FRAME, flags: int = 0) -> None:
+        self.size, self.flags = size, flags
+        self.offset = self.content = 0
+        self.contents, self.packed, self.digests = array("I"), array("I"), array("Q")
+        self.seek = array("I")
 
     def passed(self, packed: int, content: int = 0, checksum: int = NO_CONTENT) -> None:
         """A frame, of whatever kind, has been written or read."""
@@ -134,8 +130,7 @@ def unpack(data: bytes, limit: int, offset: int) -> bytes:
     return zstd.unpacker()(data, size, offset)
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """What stands before a group: sizes and digests of its packed frames, and how much they hold."""
 
     raw: bytes

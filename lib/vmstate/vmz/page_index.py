@@ -6,8 +6,7 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import Damaged
 from ..stream.page_map import AGAIN, NORMAL, PageMap
@@ -155,8 +154,7 @@ def _runs(page_map: PageMap, last: list[tuple[int, int, int]]) -> Iterator[tuple
                 at = behind
 
 
-@dataclass(frozen=True)
-class BlockIndex:
+class BlockIndex(NamedTuple):
     """The pages of a block: `page` bytes each, in runs.
 
     starts: the first page of each run.  kinds: `page_map`'s, and PACKED.  places: where the content of a run's first

@@ -7,13 +7,17 @@ import os
 import shlex
 import socket
 import threading
+from typing import TYPE_CHECKING
 
 from ..dump.relay import Outgoing
 from ..errors import CannotDo, WrongUsage
 from ..io.descriptors import BLOCK, memory
 from ..io.pipeline import ShellPipeline
-from . import link, remote
+from . import link
 from .messages import FILTERS
+
+if TYPE_CHECKING:
+    from .remote import Peer
 
 INVERSES = {
     "vm-compress": "vm-compress -d",
@@ -68,7 +72,7 @@ def inverse(filters: list[str], given: str | None) -> str | None:
 class Filter:
     """A pipeline on the way (`--through`): QEMU's bytes into it, what it makes of them into frames."""
 
-    def __init__(self, command: str, peer: remote.Peer) -> None:
+    def __init__(self, command: str, peer: "Peer") -> None:
         reading, writing = os.pipe()
         self._pipeline = ShellPipeline(command, "filter", writing)
         os.close(writing)
@@ -114,7 +118,7 @@ class Filter:
 class FilteredStream:
     """QEMU's stream, as it is, through such a pipeline.  `sent` counts the bytes that have gone into it."""
 
-    def __init__(self, command: str, qemu: socket.socket, peer: remote.Peer) -> None:
+    def __init__(self, command: str, qemu: socket.socket, peer: "Peer") -> None:
         self._filter = Filter(command, peer)
         self._outgoing = Outgoing(qemu, self._filter.fd, whole=True)
 

@@ -5,7 +5,6 @@ Source: docs/link.md, which has the conversation and what each side does when it
 
 import contextlib
 import os
-import secrets
 import socket
 import time
 from typing import Any
@@ -41,7 +40,7 @@ class OutgoingHandover:
         self._report = report
         self._mode = mode
         self._started = time.monotonic()
-        self._move = secrets.token_hex(8)
+        self._move = os.urandom(8).hex()
         self._undo = Rollback(f"vm-status {plan.path}")
         # How the guest stands that was put back, as the end of a sentence.
         self._stands = ""

@@ -12,7 +12,6 @@ import ipaddress
 import json
 import os
 import re
-import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -109,7 +108,7 @@ class Agent:
 
     def _sync(self) -> None:
         """See that the agent is there, and that what comes next answers us and no client before."""
-        number = secrets.randbits(53)
+        number = int.from_bytes(os.urandom(6), "big")
         # The byte has the agent forget the half of a command that such a client may have left.
         self._send("guest-sync-delimited", {"id": number}, b"\xff")
         while True:

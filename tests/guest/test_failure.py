@@ -91,6 +91,17 @@ def test_the_sink_fails_when_the_guest_runs_on_already(guests: Guests, work: Pat
     as_it_was(source)
 
 
+def test_a_paused_guest_does_not_run_on_before_the_proof(guests: Guests, work: Path) -> None:
+    """It was paused, so it is again where the state was not kept."""
+    source = guests.running()
+    source.cmd("stop")
+    done = shell("vm-dump -q --after running --to 'cat > s; exit 3' a.qmp", work)
+    assert done.status == 1
+    assert source.status() in ("paused", "postmigrate")
+    assert shell("vm-dump -q --after running -o s a.qmp", work).status == 0
+    assert source.running()
+
+
 @pytest.mark.root
 def test_the_disk_is_full(guests: Guests, work: Path) -> None:
     source = guests.running()

@@ -115,6 +115,9 @@ class Dump:
 
     def _run_on(self) -> bool:
         """All of it has come: the guest need not wait until that is proven, for it runs on also where it is not."""
+        if not self._migration.saved.ran:
+            # One that was paused stays so where it is not.
+            return False
         # One that cannot run now, over a busy monitor or the lock of a disk image, is let run in the end.
         with contextlib.suppress(Busy, Refused):
             self._migration.run_on(self._tell)
@@ -176,7 +179,7 @@ class Dump:
         if self._disks:
             ran = self._migration.saved.ran
             out = self._plan.out if self._plan.out != "-" else None
-            goes_on = self.CAPABILITIES == settings.SNAPSHOT
+            goes_on = self.CAPABILITIES == settings.SNAPSHOT or self._told
             self._disks.settle(state, ran, out or (None if self._plan.to else file_of(1)), goes_on)
             self._kept = True
             self._guard.keep()

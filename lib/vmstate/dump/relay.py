@@ -4,6 +4,8 @@ The commands that ask for a return path are taken out, so that what leaves is th
 QEMU does not close its end when it has sent all, so the validator says where the state ends.
 """
 
+import contextlib
+import select
 import socket
 from collections.abc import Callable
 
@@ -13,6 +15,9 @@ from ..stream import constants
 from ..stream.reader import StateReader
 from ..stream.records import Command, Devices
 from ..stream.validate import State, Validator
+
+# How long QEMU may take to close its end, in seconds
+CLOSES = 60.0
 
 
 class Peeked:
@@ -66,7 +71,13 @@ class Peeked:
 
     def closed(self) -> bool:
         """Nothing comes any more."""
-        return not self._qemu.recv(1, socket.MSG_PEEK)
+        poll = select.poll()
+        poll.register(self._qemu, select.POLLIN)
+        if not poll.poll(CLOSES * 1000):
+            return False
+        with contextlib.suppress(ConnectionError):
+            return not self._qemu.recv(1, socket.MSG_PEEK)
+        return True
 
     def drop(self, view: memoryview) -> None:
         """These bytes, the oldest ones, are not for the sink."""

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import CannotDo, Refused, Stopped
+from ..errors import CannotDo, Refused, Stopped, VmstateError
 from ..io.descriptors import BLOCK
 from ..progress import Progress
 from ..qemu import hugepages, sendable, settings
@@ -107,7 +107,9 @@ class Snapshot(Dump):
     def _end_snapshot(self) -> None:
         self._theirs.close()
         if self._migration.begun:
-            drain(self._plan.path, self._ours.fileno(), self._migration.saved)
+            # Whether the guest is well after all is seen when it is taken back.
+            with contextlib.suppress(VmstateError):
+                drain(self._plan.path, self._ours.fileno(), self._migration.saved)
 
     def _send(self) -> State:
         self._guard.watch()

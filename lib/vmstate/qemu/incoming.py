@@ -162,12 +162,14 @@ class Waiting:
             raise InDoubt(text, f"vm-status {self.path}") from error
 
     def _settle(self, monitor: Monitor, run: bool) -> str:
-        if run:
-            self._cont(monitor)
-        with contextlib.suppress(Refused):
-            self.saved.put_back(monitor)
         if not run:
+            with contextlib.suppress(Refused):
+                self.saved.put_back(monitor)
             return query(monitor).run
+        self._cont(monitor)
+        # It runs, whatever becomes of this.
+        with contextlib.suppress(VmstateError):
+            self.saved.put_back(monitor)
         with contextlib.suppress(VmstateError):
             # A guest that was held is silent until it is told to speak.
             announce(monitor)

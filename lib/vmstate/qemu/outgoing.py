@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import CannotDo, InDoubt, Refused
+from ..errors import CannotDo, InDoubt, Refused, VmstateError
 from . import answers, markers
 from .control import run_on
 from .monitor import Monitor
@@ -48,8 +48,9 @@ class OutgoingMigration:
         self.paused_first: str | None = None
         self.saved = SavedSettings()
         self._stopped = False
-        # It was given away for its state alone, and goes on here.
+        # It was given away for its state alone, and is to go on here; it does, and how its migration had ended.
         self._runs_on = False
+        self._ran_on: GuestState | None = None
         self.begun = False
         # QEMU has begun to send.
         self.sent = False
@@ -143,12 +144,19 @@ class OutgoingMigration:
 
     def completed(self) -> GuestState:
         """After the given-away word: wait for QEMU's `completed` and put back what was found."""
+        if self._ran_on:
+            # It goes on here, and what has become of it since is not ours.
+            with contextlib.suppress(VmstateError):
+                with_retry(self.path, self.saved.put_back)
+            return self._ran_on
         guest_state = with_retry(self.path, self._over_soon)
         if guest_state.moving:
             guest_state = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
             with contextlib.suppress(Refused):
                 with_retry(self.path, self.saved.put_back)
-        self._require_completed(guest_state)
+        if guest_state.migration != "completed":
+            self.take_back()
+            raise _not_completed(guest_state)
         return guest_state
 
     def _over_soon(self, monitor: Monitor) -> GuestState:
@@ -159,28 +167,35 @@ class OutgoingMigration:
                 self.saved.put_back(monitor)
         return guest_state
 
-    def _require_completed(self, guest_state: GuestState) -> None:
-        if guest_state.migration != "completed":
-            self.take_back()
-            said = f"'{guest_state.migration}': {guest_state.reason or 'no reason given'}"
-            raise CannotDo(f"QEMU ended the migration as {said}")
-
     def run_on(self, give_away: Callable[[], None]) -> None:
         """Have QEMU complete, and its guest run on at once; `give_away` gives the word for it.
 
         What was found is put back later.  Busy where another client holds the monitor: then nothing was done.
         """
         with Monitor(self.path) as monitor:
-            self._runs_on = True
             give_away()
+            self._runs_on = True
             guest_state = look_until(monitor, lambda found: not found.moving, 60)
-            self._require_completed(guest_state)
+            if guest_state.migration != "completed":
+                if not guest_state.moving:
+                    self.taken_back(monitor)
+                raise _not_completed(guest_state)
             run_on(monitor)
+            # From here on it is nobody's, and another command may send it away.
+            self._ran_on, self._runs_on, self._stopped = guest_state, False, False
+            self.saved.resumed(monitor)
 
     def take_back(self) -> GuestState:
         """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
+        if self._ran_on:
+            return with_retry(self.path, self._left_running)
         wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
         return with_retry(self.path, self.taken_back)
+
+    def _left_running(self, monitor: Monitor) -> GuestState:
+        with contextlib.suppress(Refused):
+            self.saved.put_back(monitor)
+        return query(monitor)
 
     def taken_back(self, monitor: Monitor) -> GuestState:
         """The same within a conversation, once QEMU has noticed."""
@@ -193,10 +208,14 @@ class OutgoingMigration:
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)
         ours = guest_state.run == "postmigrate" or (guest_state.run == "paused" and self._stopped)
-        after = run_on(monitor) if (self.saved.ran or self._runs_on) and ours else query(monitor)
+        after = run_on(monitor) if self.saved.ran and ours else query(monitor)
         with contextlib.suppress(Refused):
             self.saved.put_back(monitor)
         return after
+
+
+def _not_completed(guest_state: GuestState) -> CannotDo:
+    return CannotDo(f"QEMU ended the migration as '{guest_state.migration}': {guest_state.reason or 'no reason given'}")
 
 
 def _run_on_once_kept(monitor: Monitor) -> None:

@@ -79,15 +79,19 @@ def query(monitor: Monitor) -> GuestState:
 
 
 def _ram(ram: Fields) -> Ram:
+    def count(name: str, otherwise: int = 0) -> int:
+        # Counters of 64 bits; one below zero tells how far it is wrongly, and keeps nobody from putting a guest back.
+        return max(0, ram.whole(name, otherwise, low=-MOST - 1, high=2 * MOST + 1))
+
     return Ram(
-        ram.whole("total"),
-        ram.whole("remaining"),
-        ram.whole("transferred"),
-        ram.whole("normal", 0) + ram.whole("duplicate", 0),
+        count("total"),
+        count("remaining"),
+        count("transferred"),
+        count("normal") + count("duplicate"),
         # Below zero until QEMU knows it.
         max(0.0, ram.number("mbps", 0.0)) * 1e6 / 8,
-        ram.whole("dirty-pages-rate", 0) * ram.whole("page-size", PAGE),
-        ram.whole("dirty-sync-count", 0),
+        count("dirty-pages-rate") * count("page-size", PAGE),
+        count("dirty-sync-count"),
     )
 
 

@@ -18,7 +18,7 @@ from ..qemu.monitor import Monitor
 from ..report import Report
 from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
-from ..stream.description import validate_end
+from ..stream.description import find_end, validate_end
 from ..stream.identity import identity
 from ..stream.validate import State
 from ..vmz import decompress
@@ -43,6 +43,10 @@ class RestorePlan(NamedTuple):
     source: str | None = None
     disks: "Revert | None" = None
     used: UsedStates | None = None
+
+
+# Of a file: where the end of most states begins
+NEAR = 1 << 20
 
 
 class Restore:
@@ -114,8 +118,12 @@ class Restore:
         size = os.fstat(self._fd).st_size
         if size > start:
             self._size = size - start
-            tail = max(start, size - HOLD)
-            validate_end(os.pread(self._fd, size - tail, tail))
+            for most in (NEAR, HOLD):
+                tail = max(start, size - most)
+                data = os.pread(self._fd, size - tail, tail)
+                if find_end(data):
+                    return
+            validate_end(data)
 
     def _find_guest(self, head: Head) -> str:
         if self._plan.command:
@@ -137,7 +145,8 @@ class Restore:
         incoming = self._incoming = Incoming(source, ahead, self._ours)
         try:
             with Progress(self._report, self._mode, self._sampler()):
-                if whole := incoming.prefill():
+                # A file that is larger need not be read ahead to know that.
+                if (self._size is None or self._size <= HOLD) and (whole := incoming.prefill()):
                     self._proven(whole)
                 hold_signals()
                 waiting.hold_and_load(self._theirs)

@@ -149,3 +149,68 @@ def test_where_it_cannot_be_paused(qemu: FakeQemu, path: str) -> None:
     require_live(path, "", "")
     qemu.run, qemu.version = "running", (9, 0)
     require_live(path, "", "")
+
+
+def ended(path: str, qemu: FakeQemu, fd: int, *, ran: bool = True) -> OutgoingMigration:
+    """A migration that has sent all, and has been let run on in the conversation in which it was given away."""
+    qemu.run = "running" if ran else "paused"
+    migration = OutgoingMigration(path, live_anyway=True)
+    migration.start(fd, stopped=False)
+    qemu.run, qemu.migration = "postmigrate", "active"
+
+    def give_away() -> None:
+        qemu.migration = "completed"
+
+    migration.run_on(give_away)
+    return migration
+
+
+def test_one_that_runs_on_is_let_go(qemu: FakeQemu, path: str, fd: int) -> None:
+    before = qemu.settings()
+    migration = ended(path, qemu, fd)
+    assert qemu.run == "running"
+    with Monitor(path) as monitor:
+        left = left_behind(monitor)
+        assert left and not left.stopped
+    assert migration.completed().migration == "completed"
+    assert (qemu.settings(), qemu.objects) == (before, {})
+
+
+@pytest.mark.parametrize("after", ["completed", "take_back"])
+def test_one_that_was_moved_meanwhile_stays_there(qemu: FakeQemu, path: str, fd: int, after: str) -> None:
+    """Between its running on and the end of the dump another command may have sent it away."""
+    migration = ended(path, qemu, fd)
+    qemu.run, qemu.migration = "postmigrate", "completed"
+    with Monitor(path) as monitor:
+        markers.put(monitor, markers.MOVED, uri="link:x", move="0123456789abcdef", ran=True)
+        markers.decide(monitor, markers.GRANTED, "0123456789abcdef")
+    qemu.heard.clear()
+    getattr(migration, after)()
+    assert "cont" not in qemu.heard
+    assert qemu.run == "postmigrate"
+    with Monitor(path) as monitor:
+        assert markers.decision(markers.read(monitor)) == markers.GRANTED
+
+
+@pytest.mark.parametrize("after", ["completed", "take_back"])
+def test_one_that_its_user_has_paused_meanwhile_stays_so(qemu: FakeQemu, path: str, fd: int, after: str) -> None:
+    migration = ended(path, qemu, fd)
+    qemu.run = "paused"
+    getattr(migration, after)()
+    assert qemu.run == "paused"
+
+
+def test_one_that_is_cancelled_at_the_last_moment(qemu: FakeQemu, path: str, fd: int) -> None:
+    """It is taken back in the same conversation: there is no second one to be had."""
+    before = qemu.settings()
+    migration = OutgoingMigration(path, live_anyway=True)
+    migration.start(fd, stopped=False)
+    qemu.run, qemu.migration = "postmigrate", "active"
+
+    def give_away() -> None:
+        qemu.migration = "cancelled"
+
+    with pytest.raises(CannotDo, match="QEMU ended the migration as 'cancelled'"):
+        migration.run_on(give_away)
+    assert qemu.run == "running"
+    assert (qemu.settings(), qemu.objects) == (before, {})

@@ -14,11 +14,13 @@ FUZZ_TIME ?= 60
 # Where the commands and everything else that make needs are found first.
 export PATH := $(BIN):$(PATH):/usr/sbin:/sbin
 
-.PHONY: help env demo check check-qemu10 check-long lint test fuzz bench man install uninstall clean apt
+.PHONY: help env demo quick check check-rest check-all check-qemu10 check-long lint test fuzz bench man install uninstall clean apt
 
 help:
 	@echo 'make demo          save a running guest, encrypted, end it, bring it back (sets everything up first)'
-	@echo 'make check         lint and all tests with real guests (sets everything up first)'
+	@echo 'make quick         lint, types and the tests without a guest; some minutes'
+	@echo 'make check         the same, and with real guests what each command does (sets everything up first)'
+	@echo 'make check-all     every test, with both QEMUs; an hour'
 	@echo 'make check-qemu10  the guest tests with the QEMU of Debian 13'
 	@echo 'make check-long    hundreds of moves that die at every moment; an hour'
 	@echo 'make env           only the set-up: system packages, $(VENV), the test guest'
@@ -45,15 +47,24 @@ $(VENV)/.stamp: setup.cfg pyproject.toml $(wildcard bin/vm-*) Makefile
 demo: env
 	@tests/demo
 
+quick: $(VENV)/.stamp apt lint
+	@tests/tier quick 6 $(PYTEST) tests/unit tests/cli
+
 check: env lint
-	@$(PYTEST) $(TESTS)
+	@tests/tier check 22 $(PYTEST) $(TESTS)
+
+# What of all tests `check` leaves out, and those with real guests once more with the other QEMU.
+check-rest: env
+	@tests/tier rest 40 $(PYTEST) $(TESTS)
+
+check-all: check check-rest check-qemu10
 
 test:
 	@$(PYTEST) $(TESTS)
 
 check-qemu10: env
 	@tests/qemu10 $(CACHE)/qemu10
-	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" $(PYTEST) tests/guest
+	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" tests/tier qemu10 40 $(PYTEST) tests/guest
 
 check-long: env
 	@$(PYTEST) tests/long/check_link.py

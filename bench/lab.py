@@ -50,7 +50,7 @@ class Lab:
 
     def __init__(self, quick: bool) -> None:
         self.quick = quick
-        self.rounds = 2 if quick else 5
+        self.rounds = 1 if quick else 5
         self._guests: dict[str, Guest] = {}
         self._states: dict[str, Path] = {}
         roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM

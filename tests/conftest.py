@@ -19,6 +19,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+# The tier that runs (tests/tier): quick, check, or rest, which is what of all tests is not in `check`; unset: all.
+TIER = os.environ.get("VM_TIER", "")
+# Whether what is tried in numbers is to be tried in full ones.
+IN_NUMBERS = TIER in ("", "rest")
 # A machine that is slow is no fault.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
@@ -209,10 +213,14 @@ def gnupg() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("root") and os.getuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root"))
+    if TIER in ("quick", "check", "rest"):
+        left_out = [item for item in items if bool(item.get_closest_marker("more")) != (TIER == "rest")]
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

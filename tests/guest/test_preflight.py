@@ -10,7 +10,7 @@ from conftest import Guests
 from vm import MAC, Guest, until
 from vmstate.migrate.finding import Finding
 from vmstate.migrate.preflight import compare, facts
-from vmstate.qemu import cpu_features
+from vmstate.qemu import answers, cpu_features
 from vmstate.qemu.monitor import Monitor
 
 
@@ -81,7 +81,8 @@ def test_names_of_features_are_those_of_qemu(guests: Guests) -> None:
     guest = guests.start("a", kind="metal", accel="tcg", extra=["-cpu", "max"])
     with guest.connect() as qmp:
         path = qmp.cmd("query-cpus-fast")[0]["qom-path"]
-        words = cpu_features.words(qmp.cmd("qom-get", path=path, property="feature-words"))
+        with Monitor(guest.qmp) as monitor:
+            words = answers.feature_words(monitor, path)
         properties = {entry["name"] for entry in qmp.cmd("qom-list", path=path)}
         for word, names in cpu_features.NAMES.items():
             for bit, name in enumerate(names):

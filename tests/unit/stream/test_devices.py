@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pytest
+from conftest import IN_NUMBERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vmstate.errors import Damaged
@@ -437,7 +438,7 @@ def places(part: Any) -> list[tuple[Any, Any]]:
     return [(part, key) for key in keys] + [place for key in keys for place in places(part[key])]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600 if IN_NUMBERS else 100)
 @given(st.data())
 def test_a_damaged_description_is_damage_and_no_bug(data: st.DataObject) -> None:
     small = [section for section in sections("q35-10.0") if len(section[1]) < 10_000]
@@ -458,7 +459,7 @@ def test_a_damaged_description_is_damage_and_no_bug(data: st.DataObject) -> None
     judged(forged, payload)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 if IN_NUMBERS else 50)
 @given(st.data())
 def test_a_damaged_text_is_damage_and_no_bug(data: st.DataObject) -> None:
     small = [section for section in sections("q35-7.2") if len(section[1]) < 10_000]
@@ -473,7 +474,7 @@ def test_a_damaged_text_is_damage_and_no_bug(data: st.DataObject) -> None:
     judged(forged, payload)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 if IN_NUMBERS else 50)
 @given(st.data())
 def test_a_damaged_payload_still_has_all_its_facts_or_is_damage(data: st.DataObject) -> None:
     description, payload = data.draw(st.sampled_from(sections("q35-7.2")))

@@ -55,7 +55,8 @@ def cases() -> list[object]:
         while rest:
             count = 2 if "nc -l" in rest[0] else 1
             lines, rest = rest[:count], rest[count:]
-            found.append(pytest.param(lines, id=f"{page}: {lines[-1].splitlines()[0][:60]}"))
+            marks = () if page == "README.md" else pytest.mark.more
+            found.append(pytest.param(lines, id=f"{page}: {lines[-1].splitlines()[0][:60]}", marks=marks))
     return found
 
 

@@ -15,14 +15,18 @@ MOVES = {"gap", "ssh-throughput", "through-100mbit", "announce"}
 EVERY = CASES | PACKED | MOVES
 
 
+more = pytest.mark.more
+
+
 @pytest.mark.guest
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("cases", "pictures"),
     [
-        pytest.param(CASES, {"speed.svg", "limits.svg", "pauses.svg"}, id="alone"),
-        pytest.param(PACKED, {"speed.svg", "limits.svg", "lazy.svg", "asked.svg"}, id="packed"),
-        pytest.param(MOVES, {"speed.svg", "limits.svg", "gaps.svg"}, id="moves", marks=pytest.mark.root),
+        pytest.param(CASES, {"speed.svg", "limits.svg", "pauses.svg"}, id="alone", marks=more),
+        pytest.param({"start", "dump", "restore"}, {"speed.svg", "limits.svg"}, id="few"),
+        pytest.param(PACKED, {"speed.svg", "limits.svg", "lazy.svg", "asked.svg"}, id="packed", marks=more),
+        pytest.param(MOVES, {"speed.svg", "limits.svg", "gaps.svg"}, id="moves", marks=[pytest.mark.root, more]),
     ],
 )
 def test_a_quick_run_writes_whole_results(tmp_path: Path, cases: set[str], pictures: set[str]) -> None:

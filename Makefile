@@ -14,7 +14,8 @@ FUZZ_TIME ?= 60
 # Where the commands and everything else that make needs are found first.
 export PATH := $(BIN):$(PATH):/usr/sbin:/sbin
 
-.PHONY: help env demo quick check check-rest check-all check-qemu10 check-long lint test fuzz bench man install uninstall clean apt
+.PHONY: help env demo quick check check-rest check-all check-qemu10 check-gpg24 check-long lint test fuzz bench man \
+    install uninstall clean apt
 
 help:
 	@echo 'make demo          save a running guest, encrypted, end it, bring it back (sets everything up first)'
@@ -22,6 +23,7 @@ help:
 	@echo 'make check         the same, and with real guests what each command does (sets everything up first)'
 	@echo 'make check-all     every test, with both QEMUs; an hour'
 	@echo 'make check-qemu10  the guest tests with the QEMU of Debian 13'
+	@echo 'make check-gpg24   the tests of vm-encrypt with the GnuPG of Debian 13'
 	@echo 'make check-long    hundreds of moves that die at every moment; an hour'
 	@echo 'make env           only the set-up: system packages, $(VENV), the test guest'
 	@echo 'make lint          ruff, mypy, man pages'
@@ -57,7 +59,7 @@ check: env lint
 check-rest: env
 	@tests/tier rest 40 $(PYTEST) $(TESTS)
 
-check-all: check check-rest check-qemu10
+check-all: check check-rest check-qemu10 check-gpg24
 
 test:
 	@$(PYTEST) $(TESTS)
@@ -65,6 +67,10 @@ test:
 check-qemu10: env
 	@tests/qemu10 $(CACHE)/qemu10
 	@VM_QEMU="$(CURDIR)/$(CACHE)/qemu10.sh" tests/tier qemu10 40 $(PYTEST) tests/guest
+
+check-gpg24: env
+	@tests/qemu10 $(CACHE)/qemu10
+	@PATH="$(CURDIR)/$(CACHE)/qemu10.bin:$$PATH" $(PYTEST) tests/cli/test_encrypt.py tests/cli/test_keys.py tests/unit/encrypt
 
 check-long: env
 	@$(PYTEST) tests/long/check_link.py

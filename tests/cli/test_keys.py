@@ -295,6 +295,37 @@ def test_a_key_or_a_passphrase(ring: Ring, secret: Path) -> None:
     done = encrypt("-d", "--passphrase-file", "/proc/self/comm", input=message, env=its)
     assert (done.status, done.out) == (3, b"")
     assert "wrong passphrase for this message, and there is no secret key of " in done.err
+    # With the key a passphrase that is of no use does not matter; and a change is no matter of the passphrase.
+    for options in ((), ("--passphrase-file", "/proc/self/comm")):
+        assert encrypt("-d", *options, input=message) == Done(0, b"x", "")
+        done = encrypt("-d", *options, input=message[:-1] + bytes([message[-1] ^ 1]))
+        assert (done.status, done.out) == (3, b"")
+        assert "the message is forged" in done.err
+
+
+def test_a_locked_key_or_a_passphrase(ring: Ring, secret: Path, work: Path) -> None:
+    """What is given is tried for both."""
+    with other_home() as folder:
+        (work / "its").write_text("its")
+        made = ("--homedir", str(folder), "--pinentry-mode", "loopback", "--passphrase", "its")
+        assert gpg(*made, "--quick-gen-key", "it", "default", "default", "never").status == 0
+        env = {**environment(), "GNUPGHOME": str(folder)}
+        message = encrypt("--symmetric", "--passphrase-file", str(secret), "-r", "it", input=b"x", env=env).out
+        for path, status in ((secret, 0), ("/proc/self/comm", 3), (work / "its", 0)):
+            run("gpgconf", "--homedir", folder, "--kill", "all")
+            done = encrypt("-d", "--passphrase-file", str(path), input=message, env=env)
+            assert done.status == status, done.err
+            assert done.out == (b"" if status else b"x")
+            assert ("wrong passphrase for this message\n" in done.err) == bool(status)
+
+
+def test_a_message_for_somebody_unnamed(ring: Ring) -> None:
+    """Every secret key is tried: none fits, or it is mine."""
+    for name, status in (("stranger@example.org", 3), ("=me@example.org", 0)):
+        message = gpg("--throw-keyids", "--trust-model", "always", "-z", "0", "-r", name, "-e", input=b"x").out
+        done = encrypt("-d", input=message)
+        assert (done.status, done.out) == (status, b"" if status else b"x"), done.err
+        assert ("wrong key: no secret key for this message" in done.err) == bool(status)
 
 
 def test_a_wrong_passphrase_is_known_before_any_output(ring: Ring, secret: Path, work: Path) -> None:
@@ -420,9 +451,14 @@ def test_the_best_protection_and_never_none(ring: Ring, secret: Path) -> None:
             done = encrypt(*options, input=os.urandom(3 << 20))
         finally:
             (ring.home / "gpg.conf").unlink()
-        assert done.status == 1
-        assert "gpg would not protect the message against changes" in done.err
-        assert gpg("-d", "--pinentry-mode", "loopback", *its, input=done.out).status != 0
+        if done.status == 0:
+            # gpg 2.4 takes OCB all the same where it is asked for it.
+            assert options[0] == "--symmetric"
+            assert json.loads(encrypt("--list", "--json", input=done.out).out)["integrity"] == "AEAD"
+        else:
+            assert done.status == 1
+            assert "gpg would not protect the message against changes" in done.err
+            assert gpg("-d", "--pinentry-mode", "loopback", *its, input=done.out).status != 0
         (ring.home / "gpg.conf").write_text(
             "personal-cipher-preferences 3DES\ns2k-cipher-algo 3DES\ncipher-algo 3DES\n"
         )
@@ -447,7 +483,7 @@ def test_list_needs_no_key_and_no_gpg(ring: Ring, secret: Path, work: Path) -> N
     assert told["size"] == len(message) > told["encrypted"] > 100_000
     text = encrypt("--list", "-", input=message, env=env).text
     assert text.count("key         ") == 2
-    assert f"key         {keys[0]}, RSA\n" in text
+    assert f"key         {keys[0]}, {kind_of('=me@example.org')}\n" in text
     assert "passphrase  AES256\n" in text
     assert "integrity   MDC (SEIPD version 1)\n" in text
     assert f"size        {len(message):,} bytes, " in text
@@ -463,6 +499,12 @@ def test_list_needs_no_key_and_no_gpg(ring: Ring, secret: Path, work: Path) -> N
 def subkeys(name: str) -> list[str]:
     listed = gpg("--list-keys", "--with-colons", name).text
     return re.findall(r"^sub:(?:[^:]*:){3}([^:]*):", listed, re.MULTILINE)
+
+
+def kind_of(name: str) -> str:
+    """What gpg makes of the kind `default`: RSA, and ECDH from 2.3 on."""
+    listed = gpg("--list-keys", "--with-colons", name).text
+    return {"1": "RSA", "18": "ECDH"}[re.findall(r"^sub:(?:[^:]*:){2}([^:]*):", listed, re.MULTILINE)[0]]
 
 
 def test_help_comes_at_once() -> None:

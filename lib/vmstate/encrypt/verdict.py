@@ -15,6 +15,7 @@ CUT = ("read error", "pending bytes")
 
 UNTRUSTED = "10"  # doc/DETAILS, INV_RECP
 NO_PUBKEY = "9"  # doc/DETAILS, ERRSIG
+NO_SECRET_KEY = 17  # libgpg-error: what gpg 2.4 says of a key that is not there, in addition to NO_SECKEY
 
 AGENT = "gpg's agent must be able to ask for its passphrase: export GPG_TTY=$(tty)"
 
@@ -47,15 +48,18 @@ def check_encryption(verdict: Verdict) -> None:
 
 def decryption_error(verdict: Verdict, signatures: list[Signature], signers: list[str]) -> VmstateError | None:
     """Why the message must not be believed, None for one that may."""
-    if not verdict.has("DECRYPTION_INFO"):
-        return _not_opened(verdict)
     forged_aead = "checktag" in verdict.stderr
-    locked = forged_aead and verdict.has("NEED_PASSPHRASE_SYM") and not verdict.has("PLAINTEXT")
-    if locked or any(value.startswith("symkey_decrypt") for value in verdict.values("ERROR")):
+    locked = forged_aead and verdict.has("NEED_PASSPHRASE_SYM")
+    # gpg 2.4 tries a passphrase before the keys, one of which may have opened the message then.
+    wrong = (locked or _failed(verdict, "symkey_decrypt")) and not verdict.has("PLAINTEXT", "DECRYPTION_KEY")
+    if not verdict.has("DECRYPTION_INFO"):
+        # It also calls a passphrase wrong that it could not get.
+        return _wrong_passphrase(verdict) if wrong and not _failed(verdict, "get_passphrase") else _not_opened(verdict)
+    if wrong:
         return _wrong_passphrase(verdict)
     if verdict.has("BADMDC", "DECRYPTION_FAILED", "BADSIG") or forged_aead:
         return Damaged("the message is forged: it was changed, or has something behind it")
-    unexpected = any(value.startswith("proc_pkt") for value in verdict.values("ERROR"))
+    unexpected = _failed(verdict, "proc_pkt")
     unexpected |= len(verdict.values("PLAINTEXT")) != 1 or not verdict.all_sent
     if unexpected or verdict.has("NODATA", "UNEXPECTED"):
         return Damaged(f"the message is forged: something is behind or beside it, gpg says '{verdict.words()}'")
@@ -69,8 +73,20 @@ def is_cut(verdict: Verdict, came: int, size: int | None) -> bool:
     return any(word in verdict.stderr for word in CUT) if size is None else came < size
 
 
+def _failed(verdict: Verdict, what: str) -> bool:
+    return any(value.startswith(what) for value in verdict.values("ERROR"))
+
+
+def _key_errors(verdict: Verdict) -> set[int]:
+    """Why secret keys that are there were of no use: the low 16 bits of gpg's numbers, the others say who said it."""
+    errors = [value.split() for value in verdict.values("ERROR")]
+    codes = {int(value[1]) & 0xFFFF for value in errors if value[0] == "pkdecrypt_failed" and value[1].isdecimal()}
+    return codes - {NO_SECRET_KEY}
+
+
 def _wrong_passphrase(verdict: Verdict) -> Damaged:
-    missing = verdict.values("NO_SECKEY")
+    # gpg 2.4 says NO_SECKEY of a key that is locked, too.
+    missing = verdict.values("NO_SECKEY") if not _key_errors(verdict) else []
     nor = f", and there is no secret key of {', '.join(missing)}" if missing else ""
     return Damaged(f"wrong passphrase for this message{nor}", "a message whose head was changed looks the same")
 
@@ -81,15 +97,15 @@ def _not_opened(verdict: Verdict) -> VmstateError:
         if verdict.has("PLAINTEXT"):
             return Damaged("the message is not encrypted")
         return Damaged(f"no OpenPGP message, or one with a damaged head: gpg says '{verdict.words()}'")
-    errors = [value.split() for value in verdict.values("ERROR")]
-    if any(value[0] == "get_passphrase" for value in errors):
+    if _failed(verdict, "get_passphrase"):
         return CannotDo("gpg's agent gave no passphrase", AGENT, "or use --passphrase-fd or --passphrase-file")
-    # The low 16 bits of the number say what, the others who said it.
-    codes = {int(value[1]) & 0xFFFF for value in errors if value[0] == "pkdecrypt_failed" and value[1].isdecimal()}
+    codes = _key_errors(verdict)
     if codes and not codes & BAD_SESSION_KEY:
         return CannotDo(f"the secret key could not be used: gpg says '{verdict.words()}'", AGENT)
     missing = verdict.values("NO_SECKEY")
-    if missing and not codes:
+    # For a hidden key gpg tries all that there are: that none fits is no sign of a change.
+    hidden = any(not value.strip("0") for value in missing)
+    if missing and (hidden or not codes):
         return Damaged(
             f"wrong key: no secret key for this message, which is encrypted for {', '.join(missing)}",
             "gpg --list-secret-keys shows the keys at hand",
@@ -127,11 +143,22 @@ def _signature_error(verdict: Verdict, signatures: list[Signature], signers: lis
     if unknown and not (proven and all(value[5] == NO_PUBKEY for value in unknown)):
         first = next(signature for signature in signatures if signature.state == "unknown")
         return _unknown_signer(first)
-    if verdict.returncode and not unknown:
+    if verdict.returncode and not unknown and not _asked_in_vain(verdict):
         # For AEAD this is all that some a gpg has to say: with DECRYPTION_OKAY and GOODMDC.
         kind = Damaged if verdict.returncode > 0 else CannotDo
         return kind(f"gpg failed: {verdict.words()}")
     return None
+
+
+def _asked_in_vain(verdict: Verdict) -> bool:
+    """gpg 2.4 asks for the passphrase of a message first, and where it got none it fails, though a key has opened it.
+
+    Only for a message whose MDC is proven: for others the exit status has to speak.
+    """
+    errors = verdict.values("ERROR")
+    vain = bool(errors) and all(value.startswith("get_passphrase") for value in errors)
+    proven = all(value.split()[0] == "2" for value in verdict.values("DECRYPTION_INFO")) and verdict.has("GOODMDC")
+    return vain and proven and verdict.has("DECRYPTION_KEY")
 
 
 def _wrong_signer(signatures: list[Signature], signers: list[str]) -> Damaged:

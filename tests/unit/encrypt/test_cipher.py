@@ -121,8 +121,10 @@ def test_every_byte_of_a_head(messages: dict[str, tuple[bytes, Means]]) -> None:
             reason, out = opened(bytes(changed), means)
             assert out == (b"" if reason else state("q35-7.2"))
             taken += [] if reason else [(kind, at)]
-    # The version of a key packet: 2 is another name for 3.
-    assert set(taken) <= {("key", 3)}
+    # The version of a key packet: 2 is another name for 3.  For a passphrase with OCB (version 5) gpg 2.4 does not look
+    # at the mode, since it knows only one.
+    harmless = {("key", 3)} | ({("passphrase", 4)} if messages["passphrase"][0][2] == 5 else set())
+    assert set(taken) <= harmless
 
 
 # A message as GnuPG 2.4 makes it, with OCB, for the passphrase "secret"; older ones read it, but say that it was not

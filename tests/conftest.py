@@ -213,14 +213,63 @@ def gnupg() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+# What some tests need and this system does not give: their mark, and why it is missing.
+MISSING = pytest.StashKey[dict[str, str]]()
+
+
+def _missing() -> dict[str, str]:
+    """Found out once, by doing it: else a hundred tests would fail for one reason."""
+    if os.getuid() != 0:
+        return {"root": "not available here: root, for namespaces and taps"}
+    found = {}
+    # `ip netns` wants a root that is a mount point, which a plain chroot has not.
+    name = f"vm-try-{os.getpid()}"
+    done = run("bash", "-c", f"ip netns add {name} && ip netns exec {name} true; s=$?; ip netns del {name}; exit $s")
+    if done.status:
+        found["netns"] = f"not available here: network namespaces: {_first_line(done)}"
+    # Below a folder like /root nobody else can run what VM_QEMU names.
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
+    done = run(*nobody, *default_qemu(), "--version")
+    if done.status:
+        found["nobody"] = f"not available here: a QEMU for the user nobody: {_first_line(done)}"
+    return found
+
+
+def _first_line(done: Done) -> str:
+    return (done.err.strip() or f"status {done.status}").splitlines()[0]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = getattr(config, "workerinput", None)
+    config.stash[MISSING] = given["missing"] if given else _missing()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """For the workers of xdist."""
+    node.workerinput["missing"] = node.config.stash[MISSING]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return list(config.stash[MISSING].values())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("root") and os.getuid() != 0:
-            item.add_marker(pytest.mark.skip(reason="needs root"))
+        if {"namespaces", "two"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("netns")
     if TIER in ("quick", "check", "rest"):
         left_out = [item for item in items if bool(item.get_closest_marker("more")) != (TIER == "rest")]
         items[:] = [item for item in items if item not in set(left_out)]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skipped here, they are one line for each reason at the end."""
+    for mark, reason in item.config.stash[MISSING].items():
+        if item.get_closest_marker(mark):
+            pytest.skip(reason)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -193,10 +194,19 @@ class Guest:
     def _kernel(self) -> list[str]:
         if self.kind == "metal":
             # A simple CPU, else a KVM that lacks some feature of the default one has QEMU warn.
-            return ["-cpu", "pentium3", "-kernel", str(image() / "metal.elf"), "-append", self.append]
+            return ["-cpu", "pentium3", "-kernel", str(self._image("metal.elf")), "-append", self.append]
         words = f"console=ttyS0 quiet loglevel=0 panic=1 {'disk ' if self.disk else ''}{self.append}"
-        initrd = image() / ("agent.gz" if self.agent else "initrd.gz")
-        return ["-kernel", str(image() / "vmlinuz"), "-initrd", str(initrd), "-append", words.strip()]
+        initrd = self._image("agent.gz" if self.agent else "initrd.gz")
+        return ["-kernel", str(self._image("vmlinuz")), "-initrd", str(initrd), "-append", words.strip()]
+
+    def _image(self, name: str) -> Path:
+        """For another user a copy: the checkout may lie where nobody else can read."""
+        if self.user is None:
+            return image() / name
+        copy = self.folder / name
+        if not copy.exists():
+            shutil.copy(image() / name, copy)
+        return copy
 
     def _disk(self) -> list[str]:
         if not self.disk:

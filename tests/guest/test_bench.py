@@ -13,6 +13,7 @@ CASES = {"start", "dump", "pause", "compress", "restore", "filters", "verify", "
 PACKED = {"packed", "lazy", "clones"}
 MOVES = {"gap", "ssh-throughput", "through-100mbit", "announce"}
 EVERY = CASES | PACKED | MOVES
+NAMESPACES = [pytest.mark.root, pytest.mark.netns]
 
 
 more = pytest.mark.more
@@ -26,7 +27,7 @@ more = pytest.mark.more
         pytest.param(CASES, {"speed.svg", "limits.svg", "pauses.svg"}, id="alone", marks=more),
         pytest.param({"start", "dump", "restore"}, {"speed.svg", "limits.svg"}, id="few"),
         pytest.param(PACKED, {"speed.svg", "limits.svg", "lazy.svg", "asked.svg"}, id="packed", marks=more),
-        pytest.param(MOVES, {"speed.svg", "limits.svg", "gaps.svg"}, id="moves", marks=[pytest.mark.root, more]),
+        pytest.param(MOVES, {"speed.svg", "limits.svg", "gaps.svg"}, id="moves", marks=[*NAMESPACES, more]),
     ],
 )
 def test_a_quick_run_writes_whole_results(tmp_path: Path, cases: set[str], pictures: set[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from conftest import BIN, ROOT, Done, run
 from vm import Guest, Qmp, until
 
-pytestmark = [pytest.mark.guest, pytest.mark.root]
+pytestmark = [pytest.mark.guest, pytest.mark.root, pytest.mark.netns]
 
 
 class Small(Guest):

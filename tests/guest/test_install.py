@@ -55,22 +55,9 @@ def user(work: Path, prefix: Path) -> Iterator[User]:
     made.sh("gpgconf --kill all")
 
 
-@pytest.fixture(scope="module")
-def readable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The guest's kernel where every user may read it."""
-    from vm import image
-
-    folder = Path("/opt") / f"vmstate-image-{os.getpid()}"
-    shutil.copytree(image(), folder, ignore=shutil.ignore_patterns("*.deb", "modules*"))
-    yield folder
-    shutil.rmtree(folder)
-
-
-def test_the_whole_job_as_an_unprivileged_user(
-    guests: Guests, user: User, readable: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.nobody
+def test_the_whole_job_as_an_unprivileged_user(guests: Guests, user: User) -> None:
     for_user = {"user": NOBODY}
-    monkeypatch.setattr("vm.image", lambda: readable)
     source = guests.booted("a", **for_user)
     source.wait_count(3)
     assert "a.qmp: runs" in user.sh("vm-status a.qmp").text

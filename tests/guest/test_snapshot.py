@@ -217,6 +217,7 @@ def its_connection_does_not_break(guests: Guests, work: Path, times: int) -> Non
 
 
 @pytest.mark.root
+@pytest.mark.nobody
 def test_a_host_that_forbids_it(guests: Guests, work: Path, forbidden: None) -> None:
     """Without the rights for userfaultfd: a reason, and nothing has begun; or a live dump."""
     os.chmod(work, 0o755)

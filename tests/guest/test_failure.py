@@ -98,8 +98,8 @@ def test_a_paused_guest_does_not_run_on_before_the_proof(guests: Guests, work: P
     done = shell("vm-dump -q --after running --to 'cat > s; exit 3' a.qmp", work)
     assert done.status == 1
     assert source.status() in ("paused", "postmigrate")
-    assert shell("vm-dump -q --after running -o s a.qmp", work).status == 0
-    assert source.running()
+    assert shell("vm-cont -q a.qmp", work).status == 0
+    as_it_was(source)
 
 
 @pytest.mark.root

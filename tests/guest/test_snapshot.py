@@ -266,5 +266,6 @@ def test_the_huge_pages_are_whole_again(guests: Guests, work: Path) -> None:
     had = int(resident.read_text().split()[1])
     assert shell("vm-dump -q --snapshot a.qmp > s", work).status == 0
     assert huge(source) >= 0.9 * before
-    assert int(resident.read_text().split()[1]) <= 1.05 * had
+    # QEMU takes some for itself meanwhile; the pages of zeros would be four times as much.
+    assert int(resident.read_text().split()[1]) <= 1.2 * had
     as_it_was(source)

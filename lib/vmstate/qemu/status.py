@@ -117,10 +117,10 @@ def _of_lazy(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[
     return f"{words}, and lacks a part of its memory: {why}", (markers.resume_command(path, found),)
 
 
-def _last_words(log: str | None) -> str:
-    """What a detached move has said last."""
-    with contextlib.suppress(OSError):
-        if log:
+def _last_words(log: object) -> str:
+    """What a detached move has said last, in the file of this name."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(log, str) and log:
             with open(log, encoding="utf-8", errors="replace") as file:
                 lines = [line.strip() for line in file if line.strip()]
             return f"; {log} ends with: {lines[-1]}" if lines else ""

@@ -33,6 +33,7 @@ from .served_guest import ServedGuest
 # What may lie between us and QEMU: a request waits behind it.
 ROOM = 128 << 10
 STARTS = 60.0
+SETTINGS = "the settings of QEMU"
 EAGER = "restore all of it before it runs: vm-restore without --lazy, or --lazy-or-eager"
 
 
@@ -102,11 +103,14 @@ class Lazy:
         with theirs, Monitor(path) as monitor:
             require_waiting(monitor, path)
             hold_signals()
+            self._rollback.add(SETTINGS, lambda: _settings_back(guest))
             self._set_up(monitor, guest, run)
             if self._plan.used:
                 self._plan.used.note(identity(self._state.state))
             monitor.send_fd(NAME, theirs.fileno())
             Waiting.incoming(monitor)
+            # From here on QEMU needs them, and is not to be had back.
+            self._rollback.keep(SETTINGS)
             theirs.close()
             guest.serve(self._state.opening.stream())
             return guest, _until_it_runs(monitor, guest, process, run)
@@ -129,7 +133,6 @@ class Lazy:
         try:
             prepare(monitor, ("postcopy-ram",), {"announce-rounds": 1} if silent else {}, guest.saved)
         except Refused as error:
-            self._rollback.add("the settings of QEMU", lambda: _settings_back(guest))
             hint = "userfaultfd is for root, or after: sysctl vm.unprivileged_userfaultfd=1"
             raise NotLazy(f"this QEMU cannot load lazily here: {error.text}", hint, EAGER) from error
         markers.put(monitor, markers.LAZY, state=self._state.identity, on_demand=self._plan.on_demand)
@@ -147,8 +150,12 @@ class Lazy:
 
 
 def _settings_back(guest: ServedGuest) -> None:
+    def put_back(monitor: Monitor) -> None:
+        markers.remove(monitor, markers.LAZY)
+        guest.saved.put_back(monitor)
+
     with contextlib.suppress(GuestGone):
-        with_retry(guest.path, guest.saved.put_back)
+        with_retry(guest.path, put_back)
 
 
 def _until_it_runs(monitor: Monitor, guest: ServedGuest, process: Process | None, run: bool) -> str:

@@ -34,8 +34,8 @@ COMMAND = ["qemu"]
 STEPS = {
     "eager": ["the channel", "the source"],
     "eager-started": ["the channel", "the source", "the QEMU that was started", "the disks"],
-    "lazy": ["the channel"],
-    "lazy-started": ["the channel", "the QEMU that was started", "the disks"],
+    "lazy": ["the settings of QEMU", "the channel"],
+    "lazy-started": ["the settings of QEMU", "the channel", "the QEMU that was started", "the disks"],
     "not-lazy": ["the settings of QEMU", "the channel"],
     "resume": ["the channel"],
 }
@@ -248,3 +248,10 @@ def test_a_qemu_that_does_not_start(job: Make, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(error, CannotDo)
     assert (str(error), error.hints) == ("cannot start qemu", ())
     assert made.undone == ["the disks"]
+
+
+@pytest.mark.parametrize("kind", ["eager", "lazy", "not-lazy"])
+def test_a_waiting_guest_has_what_it_had(kind: str, job: Make, qemu: Target) -> None:
+    before, objects = qemu.settings(), dict(qemu.objects)
+    job(kind).fails()
+    assert (qemu.settings(), qemu.objects) == (before, objects)

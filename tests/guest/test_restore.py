@@ -236,7 +236,7 @@ def test_starting_the_guest(guests: Guests, work: Path, saved: Path) -> None:
 def test_starting_the_guest_without_a_monitor_of_its_own(guests: Guests, work: Path, saved: Path) -> None:
     args = Guest(work, "c").args
     keep = [a for i, a in enumerate(args) if a != "-qmp" and args[i - 1] != "-qmp"]
-    done = shell(f"vm-restore -- {' '.join(quoted(keep))} < s", work)
+    done = shell(f"XDG_RUNTIME_DIR={work} vm-restore -- {' '.join(quoted(keep))} < s", work)
     try:
         assert done.status == 0, done.err
         found = re.search(r"the guest's monitor is (\S+)", done.err)
@@ -258,7 +258,10 @@ def test_a_qemu_that_does_not_start(guests: Guests, work: Path, saved: Path) -> 
     done = shell("vm-restore -- qemu-system-x86_64 -M nonsense -qmp unix:x.qmp,server,nowait < s", work)
     refused(done, 1, "QEMU did not start: .*unsupported machine type")
     assert not Path(work, "x.qmp").exists()
-    refused(shell("vm-restore -- no-such-qemu < s", work), 1, "cannot start no-such-qemu")
+    before = set(work.iterdir())
+    done = shell(f"XDG_RUNTIME_DIR={work} vm-restore -- no-such-qemu < s", work)
+    refused(done, 1, "cannot start no-such-qemu")
+    assert set(work.iterdir()) == before
 
 
 def test_a_running_guests_monitor_is_not_taken_away(guests: Guests, work: Path, saved: Path) -> None:

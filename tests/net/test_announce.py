@@ -10,7 +10,7 @@ import time
 
 import pytest
 from vmstate.net.nic import Nic
-from vmstate.qemu import nics
+from vmstate.qemu import answers, nics
 
 from net import wires
 from net.wires import (
@@ -367,7 +367,7 @@ def test_cards_of_a_real_qemu(qemu, namespaces):
         before=host.command(),
     )
     text = monitor.ask("human-monitor-command", **{"command-line": "info network"})
-    cards = nics.from_info_network(text, process.pid, monitor.ask("query-rx-filter"))
+    cards = nics.from_info_network(text, process.pid, answers.rx_filters(monitor))
     assert sorted((nic.mac, nic.iface) for nic in cards) == [
         (ONE, "mine0"),
         (TWO, "mine1"),
@@ -396,6 +396,6 @@ os.execvp(sys.argv[1], sys.argv[1:])
         before=host.command(sys.executable, "-c", opener),
     )
     text = monitor.ask("human-monitor-command", **{"command-line": "info network"})
-    cards = nics.from_info_network(text, process.pid, monitor.ask("query-rx-filter"))
+    cards = nics.from_info_network(text, process.pid, answers.rx_filters(monitor))
     assert sorted((nic.mac, nic.iface) for nic in cards) == [(ONE, "one"), (TWO, "two")]
     assert [nic.iface for nic in nics.from_info_network(text, None)] == [None, None]

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 from qmp_server import QmpServer
-from vmstate.signals import PUT_BACK
+from vmstate.signals import PUT_BACK, _Held
 
 from unit.qemu.fake_qemu import FakeQemu
 
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """A job that undoes what it did has signals be ignored from then on."""
+    """A job that undoes what it did has signals be ignored from then on, or held."""
     had = {number: signal.getsignal(number) for number in PUT_BACK}
     yield
+    _Held.held, _Held.waiting = False, None
     for number, handler in had.items():
         signal.signal(number, handler)
 

@@ -63,8 +63,13 @@ class Process:
             command = [*command, "-qmp", f"unix:{given},server=on,wait=off"]
         self.path = given
         self.log = f"{given}.stderr"
-        _refuse_taken(given)
-        self._process = self._start([*command, "-incoming", "defer"])
+        try:
+            _refuse_taken(given)
+            self._process = self._start([*command, "-incoming", "defer"])
+        except BaseException:
+            if self.added:
+                self._remove(self.log)
+            raise
 
     def _start(self, command: list[str]) -> "subprocess.Popen[bytes]":
         import subprocess
@@ -111,7 +116,11 @@ class Process:
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
-        for path in (self.path, self.log):
+        self._remove(self.path, self.log)
+
+    def _remove(self, *paths: str) -> None:
+        """These files, and the folder that was made for them."""
+        for path in paths:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         if self.added:

@@ -23,6 +23,7 @@ from .postcopy import PAGE, Opening, ReturnPath, Said
 class Phase(Enum):
     ON_DEMAND = "nothing but what is asked for is sent"
     FILLING = "the rest is sent as well"
+    FILLED = "all of it was sent; its end waits until QEMU has loaded the devices"
     BROKEN = "of the rest something cannot be read; what is asked for is sent on"
     GIVEN_UP = "what is on its way is the last"
     CLOSED = "everything was sent, and the end of it"
@@ -31,7 +32,9 @@ class Phase(Enum):
 
 NEXT = {
     Phase.ON_DEMAND: frozenset({Phase.FILLING, Phase.OVER}),
-    Phase.FILLING: frozenset({Phase.BROKEN, Phase.CLOSED, Phase.OVER}),
+    Phase.FILLING: frozenset({Phase.FILLED, Phase.BROKEN, Phase.OVER}),
+    # Until then it may ask for a page of zeros, and wait for it, which nobody can bring behind the end.
+    Phase.FILLED: frozenset({Phase.CLOSED, Phase.OVER}),
     Phase.BROKEN: frozenset({Phase.GIVEN_UP, Phase.OVER}),
     Phase.GIVEN_UP: frozenset({Phase.OVER}),
     Phase.CLOSED: frozenset({Phase.OVER}),
@@ -67,6 +70,8 @@ class PageServer:
         self._phase = Phases(Phase.ON_DEMAND if on_demand else Phase.FILLING, NEXT)
         self._path = ReturnPath()
         self._said: list[Said] = []
+        # QEMU has loaded the devices.
+        self._loaded = False
         self._woken, self._waker = os.pipe()
         self._queue = PageQueue(file, opening)
         self._rest = BackgroundFill(file, self._queue, first, lambda: self._say(WAKE))
@@ -81,6 +86,7 @@ class PageServer:
         self._queue.have = have
         self._path = path
         self._said = said
+        self._loaded = True
 
     # for other threads
 
@@ -112,6 +118,9 @@ class PageServer:
             while not self._ended():
                 if self._queue.empty and self._phase.now is Phase.FILLING:
                     self._fill()
+                if self._loaded and self._phase.now is Phase.FILLED:
+                    self._queue.put(self._opening.closing())
+                    self._phase.go(Phase.CLOSED)
                 self._turn()
         except ConnectionError as error:
             raise Lost("QEMU has closed its channel") from error
@@ -126,8 +135,7 @@ class PageServer:
         try:
             if self._rest.put():
                 return
-            self._queue.put(self._opening.closing())
-            self._phase.go(Phase.CLOSED)
+            self._phase.go(Phase.FILLED)
         except Damaged as error:
             self._phase.go(Phase.BROKEN)
             self.damage = error
@@ -170,6 +178,8 @@ class PageServer:
             if said.value:
                 raise Lost(f"QEMU ended with status {said.value}")
             self._phase.go(Phase.OVER)
+        elif said.kind == constants.MIG_RP_MSG_PONG:
+            self._loaded = True
         elif said.kind in REQUESTS and self._phase.now is not Phase.CLOSED:
             self._requested(said, time.monotonic())
 

@@ -26,6 +26,10 @@ class NoIndex(WrongUsage):
     """The input does not tell where its pages are, or cannot be read there."""
 
 
+# Of the ping, as QEMU's own source numbers the one in this place.
+LOADED = 3
+
+
 class Opening(NamedTuple):
     """The parts of a state that come before its pages: as bytes, but for the number of RAM's section.
 
@@ -53,8 +57,10 @@ class Opening(NamedTuple):
         parts += [_discard(name, size) for name, size in self.blocks.items()]
         if self.switchover:
             parts.append(command(constants.MIG_CMD_SWITCHOVER_START))
+        # QEMU answers it once it has loaded the devices.
+        ping = command(constants.MIG_CMD_PING, constants.U32.pack(LOADED))
         run = command(constants.MIG_CMD_POSTCOPY_RUN)
-        package = command(constants.MIG_CMD_POSTCOPY_LISTEN) + self.devices + run
+        package = command(constants.MIG_CMD_POSTCOPY_LISTEN) + self.devices + ping + run
         parts += [command(constants.MIG_CMD_PACKAGED, constants.U32.pack(len(package))), package, self.part()]
         return b"".join(parts)
 

@@ -51,6 +51,7 @@ PACKAGE_LIMIT = 1 << 25
 
 # migration/migration.h, enum mig_rp_message_type
 MIG_RP_MSG_SHUT = 1
+MIG_RP_MSG_PONG = 2
 MIG_RP_MSG_REQ_PAGES_ID = 3
 MIG_RP_MSG_REQ_PAGES = 4
 MIG_RP_MSG_RECV_BITMAP = 5

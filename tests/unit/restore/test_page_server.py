@@ -18,8 +18,9 @@ from vm import until
 from vmstate.errors import CannotDo, Damaged
 from vmstate.restore.page_order import Place
 from vmstate.restore.page_server import Lost, PageServer
-from vmstate.restore.postcopy import PAGE, Opening, ReturnPath, have_of, opening_of
+from vmstate.restore.postcopy import LOADED, PAGE, Opening, ReturnPath, have_of, opening_of
 from vmstate.stream import constants
+from vmstate.stream.page_map import NORMAL
 from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Pages
 from vmstate.vmz.state_file import RawFile, StateFile
@@ -93,6 +94,8 @@ class Reader:
         self._block = b""
         self.pages: list[tuple[Place, bytes]] = []
         self.error: BaseException | None = None
+        # Its devices are loaded when they have come.
+        self.loads = True
         self.came = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -102,11 +105,16 @@ class Reader:
     def _run(self) -> None:
         try:
             self._take(self._skip)
+            if self.loads:
+                self.loaded()
             while self._record():
                 pass
             self._end.sendall(constants.SHUT.pack(constants.MIG_RP_MSG_SHUT, 4, 0))
         except BaseException as error:  # noqa: BLE001 - for the test
             self.error = error
+
+    def loaded(self) -> None:
+        self._end.sendall(constants.SHUT.pack(constants.MIG_RP_MSG_PONG, 4, LOADED))
 
     def _take(self, count: int) -> bytes:
         data = self._file.read(count)
@@ -463,3 +471,22 @@ def test_qemu_ends_it_as_failed(opened: Open, serve: Serve) -> None:
     serving.reader.start()
     with pytest.raises(Lost, match="ended with status 1"):
         serving.over()
+
+
+def test_its_end_waits_until_the_devices_are_loaded(opened: Open, serve: Serve) -> None:
+    """A device may need a page of zeros, which nobody sends unless it is asked for, nor anybody behind the end."""
+    file = opened("microvm-10.0")
+    serving = serve(file)
+    serving.reader.loads = False
+    serving.start()
+    serving.reader.start()
+    content = sorted(set(with_content("microvm-10.0")))
+    serving.reader.wait(len(content))
+    name, block = next(iter(file.blocks.items()))
+    number = next(number for number in range(block.pages) if not block.find(number)[0] & NORMAL)
+    serving.reader.ask(name, number)
+    serving.reader.wait(len(content) + 1)
+    assert serving.reader.pages[-1] == ((name, number), b"")
+    serving.reader.loaded()
+    serving.over()
+    serving.reader.over()

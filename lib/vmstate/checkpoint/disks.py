@@ -170,7 +170,7 @@ class PointInTime:
         """
         if not (self._taken or sure or (self._prepared and self.mode == OVERLAY)):
             return
-        guest_state = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to have its disks")
+        guest_state = wait_for(path, lambda s: s.at_rest, 60, "to have its disks")
         if guest_state.given_away:
             raise CannotDo(f"the disks of the guest at {path} stay as they are: it was given away")
         for disk in self.disks:

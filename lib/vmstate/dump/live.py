@@ -58,8 +58,8 @@ class Dump:
         self._mode = mode
         # The disks belong to a state that is whole, and stay so.
         self._kept = False
-        # QEMU has our word that all is well; the guest runs on already.
-        self._told = self._runs = False
+        # QEMU has our word that all is well.
+        self._told = False
         # Until the guest's state is on its way, so that `run` knows all that there is to undo.
         hold_signals()
         self._sink: Output | ShellPipeline = ShellPipeline(plan.to, "sink") if plan.to else Output(plan.out)
@@ -111,7 +111,9 @@ class Dump:
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
         self._leave_guard()
-        return self._outcome(state, downtime, "running" if self._runs else control.finish(path, self._plan.after))
+        return self._outcome(
+            state, downtime, "running" if self._migration.ran_on else control.finish(path, self._plan.after)
+        )
 
     def _run_on(self) -> bool:
         """All of it has come: the guest need not wait until that is proven, for it runs on also where it is not."""
@@ -121,7 +123,6 @@ class Dump:
         # One that cannot run now, over a busy monitor or the lock of a disk image, is let run in the end.
         with contextlib.suppress(Busy, Refused):
             self._migration.run_on(self._tell)
-            self._runs = True
         return self._told
 
     def _tell(self) -> None:

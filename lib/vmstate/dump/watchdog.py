@@ -20,7 +20,6 @@ from ..io.pipeline import end_group
 
 if TYPE_CHECKING:
     from ..qemu.monitor import Monitor
-    from ..qemu.state import GuestState
     from ..rollback import Rollback
 
 WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
@@ -163,7 +162,7 @@ def _put_guest_back(duty: _Duty) -> None:
     """However long that takes: the wait ends with the QEMU."""
     from ..qemu import settings, state
 
-    state.wait_for(duty.path, _is_over, state.FOR_EVER, "to end its migration", slowest=0.5)
+    state.wait_for(duty.path, lambda found: found.at_rest, state.FOR_EVER, "to end its migration", slowest=0.5)
     _resume(duty)
     state.with_retry(duty.path, lambda monitor: settings.clear_leftovers(monitor, duty.owner), state.FOR_EVER)
 
@@ -179,15 +178,11 @@ def _resume(duty: _Duty) -> None:
         time.sleep(pause)
 
 
-def _is_over(guest_state: "GuestState") -> bool:
-    return not guest_state.moving and guest_state.run != "finish-migrate"
-
-
 def _settle(monitor: "Monitor", duty: _Duty) -> None:
     from ..qemu import control, markers, settings, state
 
     guest_state, left = state.query(monitor), settings.left_behind(monitor)
-    if not left or left.owner != duty.owner or not _is_over(guest_state):
+    if not left or left.owner != duty.owner or not guest_state.at_rest:
         # All is as it was, or another command has the guest now.
         return
     if guest_state.given_away and not duty.runs_on:

@@ -152,7 +152,7 @@ class Move:
                 # Another command has the monitor; QEMU does not need us.
                 time.sleep(LOOK)
                 continue
-            if not guest_state.moving and guest_state.run != "finish-migrate":
+            if guest_state.at_rest:
                 return
             if reason := too_long(self._plan, guest_state, self._started):
                 raise CannotDo(reason, "a higher --downtime, --auto-converge or vm-speed may help")

@@ -10,7 +10,7 @@ from ..errors import CannotDo, GuestGone, InDoubt, VmstateError
 from ..qemu import markers
 from ..qemu.migration_progress import words_of
 from ..qemu.monitor import Monitor
-from ..qemu.state import query, query_once, with_retry
+from ..qemu.state import look_until, query_once, with_retry
 from ..signals import step_back
 from . import decision, link, recover
 from .handover import GUEST, THERE, Handover, Phase
@@ -63,11 +63,8 @@ def decide(of: Handover) -> str:
 
 def _grant(of: Handover, monitor: Monitor) -> bool:
     """In one conversation, so that nobody can take the guest back meanwhile."""
-    for _ in Deadline(COMPLETES).tries(0.001):
-        guest_state = query(monitor)
-        if not guest_state.moving and guest_state.run != "finish-migrate":
-            break
-    else:
+    guest_state = look_until(monitor, lambda found: found.at_rest, COMPLETES)
+    if not guest_state.at_rest:
         raise CannotDo("QEMU does not complete")
     if not guest_state.given_away:
         of.migration.taken_back(monitor)

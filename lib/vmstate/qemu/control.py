@@ -35,7 +35,7 @@ def cancel(path: str) -> GuestState:
             text = f"the guest at {path} runs at its destination already ({guest_state.migration})"
             raise CannotDo(text, "from the switchover of postcopy on there is no way back")
         monitor.ask("migrate_cancel")
-    guest_state = wait_for(path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to be cancelled")
+    guest_state = wait_for(path, lambda s: s.at_rest, 60, "to be cancelled")
     if guest_state.migration == "completed":
         raise CannotDo(f"the migration of the guest at {path} had completed before", f"vm-status {path}")
     return guest_state

@@ -50,7 +50,7 @@ class OutgoingMigration:
         self._stopped = False
         # It was given away for its state alone, and is to go on here; it does, and how its migration had ended.
         self._runs_on = False
-        self._ran_on: GuestState | None = None
+        self.ran_on: GuestState | None = None
         self.begun = False
         # QEMU has begun to send.
         self.sent = False
@@ -144,11 +144,11 @@ class OutgoingMigration:
 
     def completed(self) -> GuestState:
         """After the given-away word: wait for QEMU's `completed` and put back what was found."""
-        if self._ran_on:
+        if self.ran_on:
             # It goes on here, and what has become of it since is not ours.
             with contextlib.suppress(VmstateError):
                 with_retry(self.path, self.saved.put_back)
-            return self._ran_on
+            return self.ran_on
         guest_state = with_retry(self.path, self._over_soon)
         if guest_state.moving:
             guest_state = wait_for(self.path, lambda s: not s.moving, 60, "to complete")
@@ -182,14 +182,14 @@ class OutgoingMigration:
                 raise _not_completed(guest_state)
             run_on(monitor)
             # From here on it is nobody's, and another command may send it away.
-            self._ran_on, self._runs_on, self._stopped = guest_state, False, False
+            self.ran_on, self._runs_on, self._stopped = guest_state, False, False
             self.saved.resumed(monitor)
 
     def take_back(self) -> GuestState:
         """After our end was closed: wait until QEMU has noticed, put back what was found, see the guest run again."""
-        if self._ran_on:
+        if self.ran_on:
             return with_retry(self.path, self._left_running)
-        wait_for(self.path, lambda s: not s.moving and s.run != "finish-migrate", 60, "to run on")
+        wait_for(self.path, lambda s: s.at_rest, 60, "to run on")
         return with_retry(self.path, self.taken_back)
 
     def _left_running(self, monitor: Monitor) -> GuestState:

@@ -59,6 +59,11 @@ class GuestState(NamedTuple):
         return self.migration in BUSY
 
     @property
+    def at_rest(self) -> bool:
+        """No migration is under way, nor in its last step."""
+        return not self.moving and self.run != "finish-migrate"
+
+    @property
     def given_away(self) -> bool:
         """Its state is whole elsewhere.  (A stopped guest is 'postmigrate' after a migration that failed, too.)"""
         return self.run == "postmigrate" and self.migration == "completed"
@@ -124,7 +129,7 @@ def wait_for(
 
 def look_until(monitor: Monitor, done: Callable[[GuestState], bool], seconds: float) -> GuestState:
     """Look within one conversation until `done`, or until that has lasted so long, for what is about to be so."""
-    for _ in Deadline(seconds).tries(0.0005, 0.005):
+    for _ in Deadline(seconds).tries(0.0005, 0.001):
         guest_state = query(monitor)
         if done(guest_state):
             break

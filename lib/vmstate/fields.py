@@ -2,7 +2,6 @@
 range, or an error names it."""
 
 import re
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from .errors import CannotDo, VmstateError
@@ -35,9 +34,6 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
 
     def get(self, name: str) -> object:
         """As it came; None where there is none."""

@@ -97,7 +97,7 @@ class Stand(NamedTuple):
     def of(cls, frame: LinkFrame) -> "Stand":
         fields = Fields(frame.values, "the other side's answer")
         # A guest that has not moved says null.
-        move = "" if fields.raw().get("move") is None else fields.text("move", pattern=MOVE)
+        move = "" if fields.get("move") is None else fields.text("move", pattern=MOVE)
         return cls(fields.text("state", pattern=STATE), move, fields.text("run", "", pattern=STATE))
 
 

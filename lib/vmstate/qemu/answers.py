@@ -55,15 +55,21 @@ def human(monitor: Monitor, line: str) -> str:
 
 def capabilities(monitor: Monitor) -> dict[str, bool]:
     """Every capability that this QEMU knows, and whether it is on."""
-    found = objects(monitor, "query-migrate-capabilities")
+    return capabilities_of(objects(monitor, "query-migrate-capabilities"))
+
+
+def capabilities_of(found: list[Fields]) -> dict[str, bool]:
+    """A list of capabilities as QEMU writes it."""
     return {entry.text("capability"): entry.flag("state") for entry in found}
 
 
+def capability_list(wanted: dict[str, bool]) -> list[dict[str, Any]]:
+    """And back."""
+    return [{"capability": name, "state": state} for name, state in wanted.items()]
+
+
 def set_capabilities(monitor: Monitor, wanted: dict[str, bool]) -> None:
-    monitor.ask(
-        "migrate-set-capabilities",
-        capabilities=[{"capability": name, "state": state} for name, state in wanted.items()],
-    )
+    monitor.ask("migrate-set-capabilities", capabilities=capability_list(wanted))
 
 
 def parameters(monitor: Monitor) -> dict[str, Any]:

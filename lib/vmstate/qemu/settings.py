@@ -56,9 +56,8 @@ class SavedSettings:
             markers.remove(monitor, name)
 
     def _values(self) -> dict[str, Any]:
-        capabilities = [{"capability": name, "state": state} for name, state in self.capabilities.items()]
         values = {name: getattr(self, name) for name in ("owner", "parameters", "rate", "stopped")}
-        return {**values, "capabilities": capabilities}
+        return {**values, "capabilities": answers.capability_list(self.capabilities)}
 
     def pause(self, monitor: Monitor) -> None:
         """Pause a guest that runs; who comes later knows that it was not the user."""
@@ -116,7 +115,7 @@ def left_behind(monitor: Monitor) -> SavedSettings | None:
         return None
     _, _, facts = kept[-1]
     left = SavedSettings(facts.text("owner", ""))
-    left.capabilities = {entry.text("capability"): entry.flag("state") for entry in facts.objects("capabilities")}
+    left.capabilities = answers.capabilities_of(facts.objects("capabilities"))
     left.parameters = dict(facts.inner("parameters").raw()) if "parameters" in facts else {}
     rate = facts.get("rate")
     left.rate, left.stopped = None if rate is None else facts.whole("rate"), facts.flag("stopped", False)

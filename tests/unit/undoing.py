@@ -13,17 +13,17 @@ TROUBLES = [CannotDo("no way back"), KeyError("a bug"), OSError(5, "Input/output
 
 
 class Undone:
-    """`step` fails with `error`.  ran: the names of all steps that were undone, in that order."""
+    """`step` fails with `error`, if there is one.  ran: the names of all steps that were undone, in that order."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, step: str, error: Exception) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, step: str, error: Exception | None) -> None:
         self.ran: list[str] = []
         add = Rollback.add
 
         def spoilt(rollback: Rollback, name: str, undo: Callable[[], Any]) -> None:
             def undone() -> None:
-                self.ran.append(name)
                 undo()
-                if name == step:
+                self.ran.append(name)
+                if name == step and error:
                     raise error
 
             add(rollback, name, undone)

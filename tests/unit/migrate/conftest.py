@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from qmp_server import QmpServer
-from vmstate import signals
 from vmstate.migrate import destination_commit, preflight, remote, source_commit
 from vmstate.qemu import userfault
 
@@ -16,17 +14,12 @@ from unit.migrate.both_sides import LoadingQemu, OtherSide, Script, SendingQemu
 
 
 @pytest.fixture
-def moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a move needs of its host is not looked for; signals and the rest are as before in the end."""
-    had = {number: signal.getsignal(number) for number in signals.PUT_BACK}
+def moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a move needs of its host is not looked for."""
     monkeypatch.setattr(userfault, "descriptors", lambda _: [])
     monkeypatch.setattr(preflight, "facts", lambda _: {})
     for module in (source_commit, destination_commit):
         monkeypatch.setattr(module, "step_back", lambda: None)
-    yield
-    signals._Held.held, signals._Held.waiting = False, None
-    for number, handler in had.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

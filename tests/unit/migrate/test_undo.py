@@ -19,9 +19,9 @@ from vmstate.migrate.messages import Hello, Origin
 from vmstate.migrate.reception import ReceivePlan
 from vmstate.migrate.source import OutgoingHandover
 from vmstate.report import Report
-from vmstate.rollback import Rollback
 
 from unit.migrate.both_sides import MOVE, TRANSPORT, LoadingQemu, SendingQemu, hear
+from unit.undoing import Undone
 
 REPORT = Report("test", quiet=True)
 ERRORS = [CannotDo("it does not go"), KeyError("a bug")]
@@ -32,19 +32,7 @@ Others = Callable[..., None]
 def done(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
     """The steps that were undone.  `bad` of the test fails with `error`, after its work."""
     bad, error = (request.node.callspec.params.get(name) for name in ("bad", "error"))
-    real, names = Rollback.add, []
-
-    def add(self: Rollback, name: str, undo: Callable[[], object]) -> None:
-        def step() -> None:
-            undo()
-            names.append(name)
-            if name == bad and error:
-                raise error
-
-        real(self, name, step)
-
-    monkeypatch.setattr(Rollback, "add", add)
-    return names
+    return Undone(monkeypatch, bad, error).ran
 
 
 def each(steps: set[str]) -> pytest.MarkDecorator:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vmstate import signals
 from vmstate.errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit
 from vmstate.qemu import markers
 from vmstate.report import Report
@@ -22,7 +20,6 @@ from vmstate.restore.page_server_thread import Recovered
 from vmstate.restore.postcopy import Opening, ReturnPath
 from vmstate.restore.served_guest import ServedGuest
 from vmstate.rollback import Rollback
-from vmstate.signals import PUT_BACK
 from vmstate.stream import constants
 from vmstate.stream.validate import validate
 
@@ -31,16 +28,6 @@ from unit.streams import Pieces, state
 
 NAME = "microvm-10.0"
 HAS_ALL = constants.SHUT.pack(constants.MIG_RP_MSG_SHUT, 4, 0)
-
-
-@pytest.fixture(autouse=True)
-def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Signals are held behind the end of a job; not behind the test."""
-    monkeypatch.setattr(signals._Held, "held", False)
-    had = {number: signal.getsignal(number) for number in PUT_BACK}
-    yield
-    for number, handler in had.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

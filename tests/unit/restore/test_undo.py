@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from vmstate import signals
 from vmstate.checkpoint.revert import Revert
 from vmstate.errors import CannotDo, InDoubt, Refused, Stopped
 from vmstate.report import Report
@@ -21,12 +20,12 @@ from vmstate.restore.lazy_plan import LazyPlan
 from vmstate.restore.lazy_state import lazy_state
 from vmstate.restore.page_server_thread import Recovered
 from vmstate.restore.postcopy import NotLazy, ReturnPath
-from vmstate.rollback import Rollback
-from vmstate.signals import PUT_BACK, release_signals, stop_on_signal
+from vmstate.signals import release_signals, stop_on_signal
 from vmstate.stream.validate import State, validate
 
 from unit.restore.target import Target
 from unit.streams import Pieces, state
+from unit.undoing import Undone
 
 NAME = "microvm-10.0"
 COMMAND = ["qemu"]
@@ -44,17 +43,6 @@ WAITING = ("eager", "lazy", "not-lazy")
 # Any way in which a step can fail: with words for the user, and with a bug of ours.
 TROUBLE = [CannotDo("it stays"), OSError(5, "it stays"), KeyError("it stays")]
 EACH = [(job, step, error) for job, steps in STEPS.items() for step in steps for error in TROUBLE]
-
-
-@pytest.fixture(autouse=True)
-def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Those of this test are its own, and none is held behind it."""
-    monkeypatch.setattr(signals._Held, "held", False)
-    monkeypatch.setattr(signals._Held, "waiting", None)
-    had = {number: signal.getsignal(number) for number in PUT_BACK}
-    yield
-    for number, handler in had.items():
-        signal.signal(number, handler)
 
 
 @dataclass
@@ -133,18 +121,7 @@ def job(qemu: Target, path: str, work: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def make(kind: str, step: str = "", error: Exception | None = None) -> Job:
         made = Job(lambda: None)
-        real = Rollback.add
-
-        def add(rollback: Rollback, name: str, undo: Callable[[], object]) -> None:
-            def undone() -> None:
-                undo()
-                made.undone.append(name)
-                if name == step and error:
-                    raise error
-
-            real(rollback, name, undone)
-
-        monkeypatch.setattr(Rollback, "add", add)
+        made.undone = Undone(monkeypatch, step, error).ran
         qemu.refuses["migrate-incoming"] = "not today"
         qemu.userfaultfd = kind != "not-lazy"
         report, started = Report("vm-restore", quiet=True), kind.endswith("-started")

@@ -21,6 +21,8 @@ from ..qemu.monitor import Busy
 from ..report import Report, size_words
 from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
+from ..stream.description import claimed_runstate
+from ..stream.records import Devices
 from ..stream.validate import State
 from .relay import Outgoing
 from .watchdog import Drain, Guard
@@ -64,7 +66,12 @@ class Dump:
         hold_signals()
         self._sink: Output | ShellPipeline = ShellPipeline(plan.to, "sink") if plan.to else Output(plan.out)
         self._migration = outgoing.OutgoingMigration(
-            plan.path, rate=plan.rate, downtime=plan.downtime, on=self.CAPABILITIES, live_anyway=plan.live_anyway
+            plan.path,
+            rate=plan.rate,
+            downtime=plan.downtime,
+            on=self.CAPABILITIES,
+            live_anyway=plan.live_anyway,
+            ends=plan.after == "quit",
         )
         self._started = time.monotonic()
         try:
@@ -90,6 +97,7 @@ class Dump:
         """Send, prove, give away; the outcome as values.  Whatever goes wrong, the guest is put back first."""
         try:
             state = self._send()
+            self._migration.require_resumable(state.runstate, state.asleep)
             self._prove()
             self._write_down(state)
             # From here on there is nothing to put back: a signal comes too late.
@@ -111,13 +119,15 @@ class Dump:
                 f"the state is whole, but its guest did not complete: {error}", f"vm-status {path}"
             ) from error
         self._leave_guard()
-        return self._outcome(
-            state, downtime, "running" if self._migration.ran_on else control.finish(path, self._plan.after)
-        )
+        found = self._migration.saved.found
+        stands = "running" if self._migration.ran_on else control.finish(path, self._plan.after, found)
+        if stands == "paused" and self._plan.after == "running":
+            self._report.warning(f"the guest at {path} was '{found}', and is not let run")
+        return self._outcome(state, downtime, stands)
 
-    def _run_on(self) -> bool:
+    def _run_on(self, devices: Devices) -> bool:
         """All of it has come: the guest need not wait until that is proven, for it runs on also where it is not."""
-        if not self._migration.saved.ran:
+        if not self._migration.saved.ran or claimed_runstate(devices.data) != "running":
             # One that was paused stays so where it is not.
             return False
         # One that cannot run now, over a busy monitor or the lock of a disk image, is let run in the end.
@@ -163,6 +173,8 @@ class Dump:
         self._migration.start(self._theirs.fileno(), stopped=self._plan.stop, take=take)
         self._theirs.close()
         release_signals()
+        if qemu := self._migration.wakes:
+            self._report.warning(f"the guest at {self._plan.path} sleeps (S3), and {qemu} wakes it when it goes on")
         if self._migration.paused_first:
             self._report.warning(paused_first_words(self._migration.paused_first, self._plan.path, PAUSED_STATE))
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):

@@ -120,8 +120,8 @@ class Outgoing:
     """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
 
     whole: the commands that ask for a return path stay.  closing: QEMU closes its end when it has sent all, for it has
-    no return path.  ended: called once all has come,
-    before it is judged; whether it has given the guest away.
+    no return path.  ended: called once all has come, with the device sections, before they are judged; whether it has
+    given the guest away.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Outgoing:
         *,
         whole: bool = False,
         closing: bool = False,
-        ended: Callable[[], bool] | None = None,
+        ended: Callable[[Devices], bool] | None = None,
     ) -> None:
         self._qemu = qemu
         self._ended = ended
@@ -155,7 +155,7 @@ class Outgoing:
             for record in reader:
                 if self._ended and isinstance(record, Devices) and not record.early and self._peeked.quiet():
                     # QEMU closes its end when it has been told that all is well.
-                    self._closing |= self._ended()
+                    self._closing |= self._ended(record)
                 validator.see(record)
                 if isinstance(record, Command) and not self._whole:
                     self._see_command(record)

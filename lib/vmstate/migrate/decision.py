@@ -31,7 +31,8 @@ def state_of(guest_state: GuestState, found: markers.Marks) -> str:
     if markers.ARRIVED in found:
         return "running"
     if markers.TAKEN in found:
-        return "loaded"
+        # A reset has ended the guest that was held.
+        return "reset" if guest_state.run == "prelaunch" else "loaded"
     if "move" in found.get(markers.MOVED, {}):
         if guest_state.moving or guest_state.run == "finish-migrate":
             return "undecided"

@@ -5,8 +5,9 @@ import contextlib
 from ..errors import CannotDo, GuestGone, InDoubt, Refused, VmstateError
 from . import answers, markers, userfault
 from .monitor import Monitor, StandsStill
+from .run_states import RUNS, row_of
 from .settings import ANNOUNCE, SNAPSHOT, clear_leftovers, left_behind
-from .state import RUNS, GuestState, lost_its_snapshot, query, wait_for, with_retry
+from .state import GuestState, lost_its_snapshot, query, wait_for, with_retry
 
 
 def stop(path: str) -> GuestState:
@@ -78,8 +79,12 @@ def _cont(monitor: Monitor, path: str, force: bool) -> GuestState:
     # One whose memory is being brought is where it belongs; not so one that waits for a file that can be read.
     if guest_state.moving and (markers.LAZY not in found or markers.HALTED in found):
         raise CannotDo(f"the guest at {path} is migrating ({guest_state.migration})", f"vm-status {path}")
+    if not (row := row_of(guest_state.run)).cont:
+        raise CannotDo(f"the guest at {path} {row.words}: it cannot run on", row.hint)
+    if markers.OFF in found and guest_state.run not in ("prelaunch", "running"):
+        raise CannotDo(f"the guest at {path} has shut down: it cannot run on", row_of("shutdown").hint)
     if not force:
-        markers.refuse(found, guest_state.run, guest_state.given_away, path)
+        markers.refuse(found, guest_state, path)
     markers.hold(monitor)
     after = cont_announced(monitor)
     markers.stay(monitor)
@@ -127,9 +132,12 @@ def run_on(monitor: Monitor, rhythm: dict[str, int] | None = None) -> GuestState
     return guest_state
 
 
-def finish(path: str, after: str) -> str:
-    """What becomes of a guest whose state has been sent: 'paused', 'running' or 'quit'.  Gives the state reached."""
-    if after == "running":
+def finish(path: str, after: str, found: str = "running") -> str:
+    """What becomes of a guest whose state has been sent: 'paused', 'running' or 'quit'.  Gives the state reached.
+
+    found: its run state before.  One that neither ran nor was paused by somebody is not let run.
+    """
+    if after == "running" and row_of(found).resumes:
         try:
             return cont(path).run
         except VmstateError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InDoubt, Refused
 from . import answers
 from .monitor import Monitor
+from .state import GuestState
 
 # The guest was sent to another QEMU; once it is 'postmigrate' and 'completed', it is there.
 MOVED = "vmstate-moved"
@@ -27,9 +28,11 @@ ARRIVED = "vmstate-arrived"
 LAZY = "vmstate-lazy"
 # It was stopped, since the rest of that file could not be read.
 HALTED = "vmstate-halted"
+# It has shut down, in the midst of a migration that its QEMU went on with: it may not run on, until it is reset.
+OFF = "vmstate-off"
 # In a hint, what only the reader knows: the way to the other side.
 URI = "URI-OF-THE-SOURCE"
-ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED, LAZY, HALTED)
+ALL = (MOVED, DECIDED, HEARD, TAKEN, ARRIVED, LAZY, HALTED, OFF)
 # What a command has changed in the settings of its QEMU, as it was before; two names, so that it can be replaced.
 SETTINGS = ("vmstate-settings", "vmstate-settings-2")
 
@@ -112,20 +115,29 @@ def decide(monitor: Monitor, what: str, move: str) -> str:
     return what
 
 
+def held(found: Marks) -> bool:
+    """It is loaded, and may not run before its source has let it go."""
+    return TAKEN in found and ARRIVED not in found
+
+
 def decision(found: Marks) -> str:
     """`GRANTED`, `KEPT`, or "" where nothing is decided."""
     return str(found.get(DECIDED, {}).get("what", ""))
 
 
-def refuse(found: Marks, run: str, given_away: bool, path: str) -> None:
-    """InDoubt where a guest is at both ends of a move; who lets it run here must know that it does not there."""
+def refuse(found: Marks, guest_state: GuestState, path: str) -> None:
+    """InDoubt where a guest is at both ends of a move; who lets it run here must know that it does not there.
+
+    What it has been through since, a reset perhaps, changes nothing about that.
+    """
     settle = f"to see to that: {recover_command(path, found)}"
-    if given_away and MOVED in found:
+    granted = guest_state.migration == "completed" and decision(found) == GRANTED
+    if MOVED in found and (guest_state.given_away or granted):
         if "move" in found[MOVED] and decision(found) != GRANTED:
             raise InDoubt(f"the guest at {path} is being moved, and has not arrived", settle)
         hint = f"only once it is gone there: vm-cont --force {path}"
         raise InDoubt(f"the guest at {path} was moved, and is where it was sent to", hint)
-    if run == "paused" and TAKEN in found:
+    if held(found):
         raise InDoubt(f"the guest at {path} came by a move, and its source has not let it go", settle)
 
 

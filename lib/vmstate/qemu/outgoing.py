@@ -9,9 +9,21 @@ from ..errors import CannotDo, InDoubt, Refused, VmstateError
 from . import answers, markers
 from .control import run_on
 from .monitor import Monitor
-from .sendable import require_sendable
-from .settings import DEFAULT_BANDWIDTH, ON, SavedSettings, prepare, ran
-from .state import BUSY, RUNS, SOON, GuestState, look_until, loses_pages, query, version_words, wait_for, with_retry
+from .run_states import RUNS
+from .sendable import asleep_error, require_sendable, wakes
+from .settings import DEFAULT_BANDWIDTH, ON, SNAPSHOT, SavedSettings, prepare, ran
+from .state import (
+    BUSY,
+    SOON,
+    GuestState,
+    keeps_sleep,
+    look_until,
+    loses_pages,
+    query,
+    version_words,
+    wait_for,
+    with_retry,
+)
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
@@ -33,10 +45,11 @@ class OutgoingMigration:
         on: tuple[str, ...] = ON,
         mark: dict[str, Any] | None = None,
         live_anyway: bool = False,
+        ends: bool = False,
     ) -> None:
         """mark: facts about the move, to be left in the guest; None where its state goes into a file.
 
-        live_anyway: do not pause the guest first where a live migration may lose pages.
+        live_anyway: do not pause the guest first where a live migration may lose pages.  ends: its QEMU is to end then.
         """
         self.path = path
         self._mark = mark
@@ -44,6 +57,12 @@ class OutgoingMigration:
         self._downtime = downtime
         self._on = on
         self._live_anyway = live_anyway
+        # One that sleeps need not go on here.
+        self._may_sleep = ends or on == SNAPSHOT
+        # It has shut down, which its QEMU does not show any more.
+        self._off = False
+        # The QEMU that lets a guest run that slept, in words; None where it did not sleep, or that QEMU does not.
+        self.wakes: str | None = None
         # The QEMU that made it necessary to pause the guest first, in words; None where it was not.
         self.paused_first: str | None = None
         self.saved = SavedSettings()
@@ -119,7 +138,10 @@ class OutgoingMigration:
     def _begin(self, send: Callable[[Monitor], None]) -> None:
         with Monitor(self.path) as monitor:
             guest_state = require_sendable(monitor, self.path)
-            markers.refuse(markers.read(monitor), guest_state.run, guest_state.given_away, self.path)
+            markers.refuse(markers.read(monitor), guest_state, self.path)
+            if guest_state.run == "suspended" and self._on != SNAPSHOT:
+                self.wakes = wakes(monitor, self.path, self._may_sleep)
+            self.saved.found = guest_state.run
             self.saved.ran = ran(monitor, guest_state)
             self._stopped = self.saved.stopped = self.saved.ran and guest_state.run not in RUNS
             self.begun = True
@@ -131,6 +153,17 @@ class OutgoingMigration:
                 send(monitor)
             except Refused as error:
                 raise _explained(error, self.path) from error
+
+    def require_resumable(self, saved: str, asleep: bool) -> None:
+        """CannotDo where the guest whose state has come whole could not go on, here or there.
+
+        saved: the run state in it.  asleep: it sleeps.
+        """
+        if saved == "shutdown":
+            self._off, self.saved.ran = True, False
+            raise CannotDo(f"the guest at {self.path} has shut down while its state was being sent")
+        if asleep and not self._may_sleep and with_retry(self.path, keeps_sleep):
+            raise asleep_error(self.path)
 
     def _parameters(self, monitor: Monitor) -> dict[str, Any]:
         wanted: dict[str, Any] = {}
@@ -204,6 +237,8 @@ class OutgoingMigration:
             words = f"another migration of the guest at {self.path} has begun meanwhile ({guest_state.migration})"
             raise InDoubt(words, f"vm-status {self.path}")
         markers.keep(monitor, (self._mark or {}).get("move"))
+        if self._off:
+            markers.put(monitor, markers.OFF)
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)

@@ -6,7 +6,8 @@ from ..deadline import Deadline
 from ..errors import CannotDo, Refused, WrongUsage
 from . import answers, markers, userfault
 from .monitor import Monitor
-from .state import RUNS, GuestState, loses_pages, query, version_words
+from .run_states import RUNS, row_of
+from .state import GuestState, keeps_sleep, loses_pages, query, version_words
 
 
 def require_live(path: str, why: str, hint: str) -> None:
@@ -26,15 +27,12 @@ def require_sendable(monitor: Monitor, path: str) -> GuestState:
             raise CannotDo(text, "its vm-restore ends when all is there; with --on-demand, SIGTERM has it do that")
         hint = "vm-status shows how far it is"
         raise CannotDo(f"the guest at {path} is migrating already ({guest_state.migration})", hint)
-    words = {
-        "inmigrate": ("waits for a state", f"vm-restore {path} < STATE"),
-        "postmigrate": _words_of_postmigrate(guest_state, path),
-        "finish-migrate": ("is in the last step of a migration", f"vm-status {path}"),
-        "internal-error": ("has stopped on an internal error of QEMU", "its state is not to be trusted"),
-    }
-    if guest_state.run in words:
-        said, hint = words[guest_state.run]
-        raise CannotDo(f"the guest at {path} {said} ({guest_state.run})", hint)
+    if guest_state.run == "postmigrate":
+        said, hint = _words_of_postmigrate(guest_state, path)
+    else:
+        said, hint = (row := row_of(guest_state.run)).unsendable, row.hint.format(path=path)
+    if said:
+        raise CannotDo(f"the guest at {path} {said} ({guest_state.run})", *([hint] if hint else []))
     if guest_state.blocked:
         raise CannotDo(
             f"the guest at {path} cannot be saved: {'; '.join(guest_state.blocked)}", "QEMU names the device in its way"
@@ -46,6 +44,24 @@ def require_sendable(monitor: Monitor, path: str) -> GuestState:
         text = f"the guest at {path} writes states without a description (suppress-vmdesc=on)"
         raise CannotDo(text, "the end of such a state cannot be proven")
     return guest_state
+
+
+def asleep_error(path: str) -> CannotDo:
+    """Why a guest that sleeps is not sent."""
+    text = f"the guest at {path} sleeps (suspended by its own system), and its QEMU could not let it go on after this"
+    return CannotDo(text, "vm-dump --snapshot saves it as it is", "in its monitor, system_wakeup wakes it")
+
+
+def wakes(monitor: Monitor, path: str, may_sleep: bool) -> str | None:
+    """The QEMU that lets a guest run which sleeps, in words, where it does; else CannotDo, unless it `may_sleep`.
+
+    From 9.0 on QEMU keeps it asleep, and ends over a `cont` behind the migration.
+    """
+    if not keeps_sleep(monitor):
+        return version_words(monitor)
+    if not may_sleep:
+        raise asleep_error(path)
+    return None
 
 
 def _words_of_postmigrate(guest_state: GuestState, path: str) -> tuple[str, str]:

@@ -12,7 +12,8 @@ from ..deadline import Deadline
 from ..fields import Fields
 from . import answers, markers, userfault
 from .monitor import Monitor
-from .state import RUNS, GuestState, query
+from .run_states import RUNS
+from .state import GuestState, query
 
 # QEMU's own rhythm, in ms
 ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -38,6 +39,8 @@ class SavedSettings:
         self.rate: int | None = None
         self.stopped = False
         self.ran = False
+        # The run state in which its guest was found
+        self.found = ""
 
     @property
     def restored(self) -> bool:

@@ -8,17 +8,18 @@ from ..errors import CannotDo
 from ..fields import MOST, Fields
 from . import answers, userfault
 from .monitor import PATIENCE, Busy, Monitor
+from .run_states import RUNS, SENT
 
 T = TypeVar("T")
 # The QEMU from which on, under TCG, a live migration sends every page that the guest writes (upstream 03bfc2188f).
 COHERENT = (9, 0)
+# Upstream b4e9ddccd1
+KEEPS_SLEEP = (9, 0)
 # Longer than any migration: the wait ends with the QEMU.
 FOR_EVER = 1e9
 # How long a conversation may wait for what is about to be so, in seconds
 SOON = 1.0
 PAGE = 4096
-# Run states of a guest that runs
-RUNS = ("running", "suspended")
 # migration.json, MigrationStatus: those in which QEMU is not done
 BUSY = frozenset(("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling", "colo")) | frozenset(
     ("postcopy-active", "postcopy-device", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup")
@@ -65,8 +66,11 @@ class GuestState(NamedTuple):
 
     @property
     def given_away(self) -> bool:
-        """Its state is whole elsewhere.  (A stopped guest is 'postmigrate' after a migration that failed, too.)"""
-        return self.run == "postmigrate" and self.migration == "completed"
+        """Its state is whole elsewhere, and nobody has let it run here since.
+
+        A stopped guest is 'postmigrate' after a migration that failed, too.
+        """
+        return self.run in SENT and self.migration == "completed"
 
 
 def query(monitor: Monitor) -> GuestState:
@@ -152,6 +156,11 @@ def with_retry(path: str, do: Callable[[Monitor], T], seconds: float = 60) -> T:
 def loses_pages(monitor: Monitor) -> bool:
     """Whether a live migration of the guest may leave out pages that it writes meanwhile: QEMU before 9.0 under TCG."""
     return answers.version(monitor)[:2] < COHERENT and not answers.kvm(monitor)
+
+
+def keeps_sleep(monitor: Monitor) -> bool:
+    """Whether a guest that sleeps goes on to sleep behind a migration: QEMU from 9.0 on, which ends over its `cont`."""
+    return answers.version(monitor)[:2] >= KEEPS_SLEEP
 
 
 def version_words(monitor: Monitor) -> str:

@@ -10,26 +10,9 @@ from ..report import printable, time_words
 from . import answers, markers
 from .migration_progress import sample_of
 from .monitor import Monitor
+from .run_states import row_of
 from .settings import LEFT_OVER, left_behind
 from .state import GuestState, lost_its_snapshot, query, query_once
-
-# QEMU's run state to what it means; the rest depends on the migration.
-MEANING = {
-    "running": "runs",
-    "suspended": "is suspended by its own system",
-    "paused": "stands paused",
-    "prelaunch": "has not been started yet",
-    "shutdown": "has shut down",
-    "internal-error": "has stopped on an internal error of QEMU",
-    "io-error": "has stopped on an error of a disk",
-    "guest-panicked": "has panicked",
-    "watchdog": "was stopped by its watchdog",
-    "inmigrate": "waits for a state",
-    "postmigrate": "has given its state away and stands paused",
-    "finish-migrate": "stands still in the last step of a migration, until whoever takes its state has it whole",
-    "restore-vm": "is loading a snapshot",
-    "save-vm": "is saving a snapshot",
-}
 
 
 class Status(NamedTuple):
@@ -72,11 +55,13 @@ def of(path: str) -> Status:
         lost = lost_its_snapshot(guest_state, monitor.pid())
     changed = {*left.parameters, *(["the pause"] if left.stopped else [])} if left else set()
     # One that waits for the word of its source is held by a command that is at work.
-    held = guest_state.moving or (markers.TAKEN in found and guest_state.run == "paused")
+    held = guest_state.moving or markers.held(found)
     leftovers = () if held else tuple(sorted(on & set(LEFT_OVER) | changed))
     if lost:
         words = "stands still: its pages are protected still, for a snapshot that was lost"
         return Status(path, guest_state, (), words, (f"vm-cont {shlex.quote(path)}",))
+    if markers.OFF in found and guest_state.run == "postmigrate":
+        return Status(path, guest_state, leftovers, row_of("shutdown").words, ())
     if moved := _of_move(path, guest_state, found):
         return Status(path, guest_state, leftovers, *moved)
     return Status(path, guest_state, leftovers, _words(guest_state, leftovers), _next(path, guest_state))
@@ -102,15 +87,16 @@ def _of_move(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[
         if markers.decision(found) == markers.GRANTED:
             return f"was moved and stands paused here{log}", (settle, force)
         return f"was given away, but has not been let run where it was sent to{log}", (settle,)
-    if guest_state.run == "paused" and markers.TAKEN in found:
+    if markers.held(found):
         source = found[markers.TAKEN]
         where = printable(f"{source.get('path')} on {source.get('host')}").replace("\n", " ")
-        return f"has loaded the guest of {where} and is held until that has let it go", (settle,)
+        reset = ", and was reset since" if guest_state.run == "prelaunch" else ""
+        return f"has loaded the guest of {where} and is held until that has let it go{reset}", (settle,)
     return None
 
 
 def _of_lazy(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[str, tuple[str, ...]]:
-    words = MEANING.get(guest_state.run, f"is '{guest_state.run}'")
+    words = row_of(guest_state.run).words
     if guest_state.migration != "postcopy-paused":
         return f"{words} while its memory is being brought from a file", ()
     why = "the file could not be read" if markers.HALTED in found else "who brought it has ended"
@@ -136,7 +122,7 @@ def wait_until_it_stands(path: str) -> None:
 
 
 def _words(guest_state: GuestState, leftovers: tuple[str, ...]) -> str:
-    words = MEANING.get(guest_state.run, f"is '{guest_state.run}'")
+    words = row_of(guest_state.run).words
     if guest_state.run == "postmigrate" and not guest_state.given_away:
         words = "stands paused"
     if guest_state.run == "inmigrate":
@@ -183,6 +169,6 @@ def _next(path: str, guest_state: GuestState) -> tuple[str, ...]:
         return (f"vm-status {name}",)
     if guest_state.given_away:
         return (f"vm-cont {name}    (only if it does not run elsewhere)",)
-    if guest_state.run in ("paused", "postmigrate", "prelaunch", "io-error"):
+    if row_of(guest_state.run).advised:
         return (f"vm-cont {name}",)
     return ()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import Damaged, GuestGone, Refused, VmstateError
+from ..errors import Damaged, GuestGone, InDoubt, Refused, VmstateError
 from ..io.descriptors import HOLD, channel
 from ..io.pipeline import ShellPipeline
 from ..io.readers import FdReader, Reader, open_input, read_up_to
@@ -15,6 +15,7 @@ from ..progress import Progress, Sample
 from ..qemu.incoming import NO_ROUNDS, Waiting, require_fit, require_waiting
 from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor
+from ..qemu.run_states import RUNS, row_of
 from ..report import Report
 from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
@@ -204,7 +205,11 @@ class Restore:
         return found
 
     def _settle(self, waiting: Waiting, saved: State) -> Outcome:
-        run = saved.runstate in ("running", "suspended") if self._plan.run is None else self._plan.run
+        run = saved.runstate in RUNS if self._plan.run is None else self._plan.run
+        if run and not (row := row_of(saved.runstate)).cont:
+            waiting.settle(False)
+            text = f"the state is loaded, but its guest {row.words}: the guest at {waiting.path} cannot run on"
+            raise InDoubt(text, row.hint)
         state = waiting.settle(run)
         nics = nics_of(waiting, self._report) if run else []
         if self._process and self._process.added:

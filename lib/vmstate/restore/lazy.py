@@ -15,8 +15,9 @@ from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_waiting
 from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor
 from ..qemu.outgoing import NAME
+from ..qemu.run_states import RUNS
 from ..qemu.settings import prepare
-from ..qemu.state import RUNS, GuestState, odd_pages, query, query_once, with_retry
+from ..qemu.state import GuestState, odd_pages, query, query_once, with_retry
 from ..report import Report
 from ..rollback import Rollback
 from ..signals import hold_signals, release_signals

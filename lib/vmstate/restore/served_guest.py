@@ -8,8 +8,9 @@ from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Refused, VmstateErro
 from ..phases import Phases
 from ..qemu import markers
 from ..qemu.monitor import Monitor
+from ..qemu.run_states import RUNS
 from ..qemu.settings import SavedSettings, clear_leftovers
-from ..qemu.state import RUNS, query, wait_for, with_retry
+from ..qemu.state import query, wait_for, with_retry
 from .lazy_plan import LazyPlan
 from .lazy_state import LazyState
 from .page_queue import ServedPages

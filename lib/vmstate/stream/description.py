@@ -198,10 +198,35 @@ def _is_section(data: bytes, first: int, behind: int, header: bytes) -> bool:
 
 def runstate_of(payload: bytes | memoryview, device: dict[str, Any]) -> str:
     """The run state in a globalstate section (migration/global_state.c)."""
+    return _name(_field(payload, device, "runstate"))
+
+
+def asleep(payload: bytes | memoryview, device: dict[str, Any]) -> bool:
+    """Whether its guest slept, also where it was paused then (which QEMU tells from 9.0 on)."""
+    was = _field(payload, device, "has_vm_was_suspended") + _field(payload, device, "vm_was_suspended")
+    return runstate_of(payload, device) == "suspended" or was == b"\1\1"
+
+
+def _field(payload: bytes | memoryview, device: dict[str, Any], name: str) -> bytes:
     at = 0
     for entry in device["fields"]:
         size = int(entry["size"]) * int(entry.get("array_len", 1))
-        if entry["name"] == "runstate":
-            return bytes(payload[at : at + size]).split(b"\0")[0].decode("ascii", "replace")
+        if entry["name"] == name:
+            return bytes(payload[at : at + size])
         at += size
-    return ""
+    return b""
+
+
+def _name(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("ascii", "replace")
+
+
+# Name, instance 0, version 1; then the size of the run state's name, and 32 letters for it.
+GLOBAL_STATE = b"\x0bglobalstate" + bytes(7) + b"\1"
+
+
+def claimed_runstate(sections: bytes) -> str:
+    """The run state in device sections that have not been judged yet; "" where it is not found at once."""
+    at = sections.rfind(GLOBAL_STATE)
+    begin = at + len(GLOBAL_STATE) + 4
+    return _name(sections[begin : begin + 32]) if at >= 0 else ""

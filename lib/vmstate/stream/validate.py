@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import Damaged
 from ..io.readers import Reader
 from . import constants
-from .description import UNREADABLE, Part, name_of, runstate_of, sections, undescribed
+from .description import UNREADABLE, Part, asleep, name_of, runstate_of, sections, undescribed
 from .devices import parse_description
 from .page_map import PageMap
 from .reader import StateReader
@@ -53,6 +53,7 @@ class State:
         self.parts: list[Part] = []
         self.description: dict[str, Any] = {}
         self.runstate = ""
+        self.asleep = False
         self.size = 0
 
 
@@ -194,6 +195,7 @@ def take_devices(state: State, records: list[Devices], description: Description)
     for part in state.parts:
         if part.name == "globalstate":
             state.runstate = runstate_of(part.payload, part.described)
+            state.asleep = asleep(part.payload, part.described)
     if not state.runstate:
         raise Damaged("no section 'globalstate' with a run state before the end mark")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import CannotDo
-from ..qemu import state
+from ..qemu import claim, state
 from ..qemu.monitor import Monitor
 from ..stream.identity import identity
 from ..stream.validate import State
@@ -71,6 +71,8 @@ def commit(path: str, name: str) -> None:
             f"the guest at {path} does not run ('{guest_state.run}', {guest_state.migration}): its disks are left alone"
         )
         raise CannotDo(text, f"vm-cont {path}")
+    with Monitor(path) as monitor:
+        claim.take(monitor, path)
     # What was taken away by a call that came to an end too early is not there any more.
     work = [
         _dropping(path, found.tag, disk) if found.mode == INTERNAL else _merging(path, disk) for disk in found.disks

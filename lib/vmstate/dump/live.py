@@ -78,6 +78,7 @@ class Dump:
             self._ours, self._theirs = channel()
             self._disks = self._find_disks()
             self._guard = self._make_guard()
+            self._migration.watchdog = self._guard.pid
             live = settings.ON == self.CAPABILITIES
             ended = self._run_on if live and plan.after == "running" else None
             self._outgoing = Outgoing(self._ours, self._sink.fd, closing=not live, ended=ended)
@@ -167,6 +168,7 @@ class Dump:
     def _send(self) -> State:
         take = self._disks.take if self._disks else None
         if self._disks:
+            state.with_retry(self._plan.path, self._migration.claim)
             # From here on there is something to undo.
             self._guard.watch()
             self._disks.prepare()

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CannotDo, Refused, Stopped, VmstateError
 from ..io.descriptors import BLOCK
 from ..progress import Progress
-from ..qemu import hugepages, sendable, settings
+from ..qemu import claim, hugepages, sendable, settings
 from ..qemu.migration_progress import sample
 from ..qemu.monitor import Monitor
 from ..qemu.state import FOR_EVER, query, query_once, wait_for, with_retry
@@ -46,6 +46,7 @@ def possible(path: str) -> bool:
     with Monitor(path) as monitor:
         if sendable.require_sendable(monitor, path).run not in ("running", "suspended"):
             return False
+        claim.take(monitor, path)
         try:
             settings.prepare(monitor, settings.SNAPSHOT, {}, saved)
         except Refused as error:
@@ -112,6 +113,7 @@ class Snapshot(Dump):
                 drain(self._plan.path, self._ours.fileno(), self._migration.saved)
 
     def _send(self) -> State:
+        with_retry(self._plan.path, self._migration.claim)
         self._guard.watch()
         if self._disks:
             self._disks.prepare()

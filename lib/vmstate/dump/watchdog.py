@@ -68,8 +68,8 @@ class Guard:
     ) -> None:
         theirs, self._ours = os.pipe()
         sys.stderr.flush()
-        self._child = os.fork()
-        if self._child == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             _be_the_guard(theirs, _Duty(path, owner, move, group, held, snapshot, undo, runs_on))
         os.close(theirs)
 
@@ -100,7 +100,7 @@ class Guard:
             os.write(self._ours, DONE)
         os.close(self._ours)
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._child, 0)
+            os.waitpid(self.pid, 0)
 
 
 def _be_the_guard(control: int, duty: _Duty) -> NoReturn:

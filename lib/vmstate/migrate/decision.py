@@ -48,13 +48,18 @@ def _facts(found: markers.Marks) -> dict[str, Any]:
     return {"move": None, "facts": {}}
 
 
-def grant(monitor: Monitor, move: str) -> str:
-    """Where the guest of this move is: 'granted' (now, if it was given away), 'undecided', 'here', or 'unknown'."""
+def grant(monitor: Monitor, move: str, *, decides: bool = True) -> str:
+    """Where the guest of this move is: 'granted' (now, if it was given away), 'undecided', 'here', or 'unknown'.
+
+    decides: else one that was given away is left to whoever decides about it, and 'undecided'.
+    """
     guest_state, found = query(monitor), markers.read(monitor)
     if _facts(found)["move"] != move:
         # Another QEMU may have come to the same path.
         return "unknown"
     state = state_of(guest_state, found)
+    if state == "given" and not decides:
+        return "undecided"
     if state == "given":
         return "granted" if markers.decide(monitor, markers.GRANTED, move) == markers.GRANTED else "here"
     return state

@@ -110,6 +110,7 @@ class Move:
         require_live(self._plan)
         hold_signals()
         self._guard = Guard(self._plan.path, self._migration.saved.owner)
+        self._migration.watchdog = self._guard.pid
         self._undo.add("the watchdog", self._end_guard)
         self._undo.add("the guest", self._take_back)
         self._undo.add("the migration", self._cancel)

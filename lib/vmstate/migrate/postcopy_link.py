@@ -12,7 +12,7 @@ import socket
 from ..dump import relay
 from ..errors import CannotDo, InDoubt, VmstateError
 from ..io.descriptors import BLOCK, channel, memory
-from ..qemu import control, markers, outgoing, state
+from ..qemu import claim, control, markers, outgoing, state
 from ..qemu.monitor import Monitor
 from . import decision, link, messages
 from .link import ANSWERS, LinkFrame
@@ -139,6 +139,7 @@ def recover(path: str, move: str) -> socket.socket:
     """On the other side: QEMU takes up its half of such a move; our end of its channel."""
     with Monitor(path) as monitor:
         _require_taken(markers.read(monitor), path, move)
+        claim.take(monitor, path, move=move, ours=move)
     state.wait_for(path, lambda s: s.migration == "postcopy-paused", NOTICES, "to notice that its link is lost")
     ours, theirs = channel()
     with Monitor(path) as monitor:

@@ -4,7 +4,7 @@ import contextlib
 from typing import Any
 
 from ..errors import CannotDo, InDoubt, VmstateError
-from ..qemu import control, markers, settings, state
+from ..qemu import claim, control, markers, settings, state
 from ..qemu.monitor import Monitor
 from ..signals import no_more_signals
 from . import decision, link, messages
@@ -43,6 +43,8 @@ def recover(path: str, transport: Transport | None, *, sure: bool = False) -> di
         raise CannotDo(f"no guest at {path}: its QEMU has ended", "settle it on the other side")
     if here["state"] in ("waiting", "loading", "undecided"):
         raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
+    with Monitor(path) as monitor:
+        claim.take(monitor, path, move=move)
     if here["state"] != "postcopy":
         no_more_signals()
     outcome = _recover(path, transport, here, sure)

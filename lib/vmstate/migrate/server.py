@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import CannotDo, Damaged, GuestGone, Misfit, VmstateError
-from ..qemu import control, markers, settings
+from ..qemu import claim, control, markers, settings
 from ..qemu.incoming import require_waiting
 from ..qemu.launch import Process, check_arguments, monitor_path
 from ..qemu.monitor import Monitor
@@ -88,6 +88,8 @@ class Receive:
         filters.inverse(hello.through, self._plan.back)
         path = self._start() if self._plan.command else self._path()
         with Monitor(path) as monitor:
+            if hello.purpose == "move":
+                claim.take(monitor, path, move=hello.move)
             require_waiting(monitor, path)
             there = preflight.facts(monitor)
         return path, preflight.compare(hello.facts, there)
@@ -114,6 +116,7 @@ class Receive:
 
     def _go_after_all(self, path: str, move: str) -> dict[str, Any]:
         def go(monitor: Monitor) -> str:
+            claim.take(monitor, path, move=move, ours=move)
             found = markers.read(monitor)
             if found.get(markers.ARRIVED, {}).get("move") == move:
                 return query(monitor).run
@@ -131,11 +134,19 @@ class Receive:
         """Here is the source: let its guest go, if it was given away in this move."""
         path, move = self._path(), hello.move
         try:
-            state = with_retry(path, lambda monitor: decision.grant(monitor, move))
+            state = with_retry(path, lambda monitor: self._granted(monitor, path, move))
         except GuestGone:
             state = "gone"
         self._link.tell(link.ACCEPT, state=state, guest=path, host=socket.gethostname())
         return {"guest": path, "state": state}
+
+    @staticmethod
+    def _granted(monitor: Monitor, path: str, move: str) -> str:
+        at_work = claim.holder(monitor)
+        if not at_work:
+            claim.take(monitor, path, move=move)
+        # One that is being moved is decided by whoever moves it.
+        return decision.grant(monitor, move, decides=not at_work)
 
     # the talk
 

@@ -64,6 +64,7 @@ class OutgoingHandover:
             sendable.require_live(self._plan.path, why, "without --postcopy it is paused first and resumed there")
         migration = self._new_migration()
         self._guard = Guard(self._plan.path, migration.saved.owner, move=self._move)
+        migration.watchdog = self._guard.pid
         self._undo.add(WATCHDOG, lambda: self._end_guard(migration))
         try:
             facts = self._facts()

@@ -3,7 +3,7 @@
 import contextlib
 
 from ..errors import CannotDo, GuestGone, InDoubt, Refused, VmstateError
-from . import answers, markers, userfault
+from . import answers, claim, markers, userfault
 from .monitor import Monitor, StandsStill
 from .run_states import RUNS, row_of
 from .settings import ANNOUNCE, SNAPSHOT, clear_leftovers, left_behind
@@ -83,12 +83,15 @@ def _cont(monitor: Monitor, path: str, force: bool) -> GuestState:
         raise CannotDo(f"the guest at {path} {row.words}: it cannot run on", row.hint)
     if markers.OFF in found and guest_state.run not in ("prelaunch", "running"):
         raise CannotDo(f"the guest at {path} has shut down: it cannot run on", row_of("shutdown").hint)
+    at_work = claim.holder(monitor)
     if not force:
+        if at_work and not at_work.serves and guest_state.run != "running":
+            raise CannotDo(f"the guest at {path} is in the hands of {at_work.words()}", at_work.hint())
         markers.refuse(found, guest_state, path)
     markers.hold(monitor)
     after = cont_announced(monitor)
     markers.stay(monitor)
-    if not after.moving:
+    if not after.moving and not at_work:
         with contextlib.suppress(Refused):
             clear_leftovers(monitor)
     return after

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Refused, VmstateError
-from . import answers, markers
+from . import answers, claim, markers
 from .control import announce, run_on
 from .monitor import Monitor
 from .outgoing import NAME
@@ -98,6 +98,7 @@ class Waiting:
         on: further capabilities.  mark: facts about the move by which it comes; marked before there is anything loaded.
         """
         with Monitor(self.path) as monitor:
+            claim.take(monitor, self.path, move=str((mark or {}).get("move", "")))
             require_waiting(monitor, self.path)
             markers.clear(monitor)
             if mark is not None:

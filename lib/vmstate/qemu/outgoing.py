@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import CannotDo, InDoubt, Refused, VmstateError
-from . import answers, markers
+from . import answers, claim, markers
 from .control import run_on
 from .monitor import Monitor
 from .run_states import RUNS
@@ -57,7 +57,6 @@ class OutgoingMigration:
         self._downtime = downtime
         self._on = on
         self._live_anyway = live_anyway
-        # One that sleeps need not go on here.
         self._may_sleep = ends or on == SNAPSHOT
         # It has shut down, which its QEMU does not show any more.
         self._off = False
@@ -70,9 +69,15 @@ class OutgoingMigration:
         # It was given away for its state alone, and is to go on here; it does, and how its migration had ended.
         self._runs_on = False
         self.ran_on: GuestState | None = None
+        # The process that puts things back
+        self.watchdog: int | None = None
         self.begun = False
         # QEMU has begun to send.
         self.sent = False
+
+    def claim(self, monitor: Monitor) -> None:
+        """Also before, by one who changes something of the guest before its state is sent."""
+        claim.take(monitor, self.path, watchdog=self.watchdog, move=str((self._mark or {}).get("move", "")))
 
     def start(self, fd: int, *, stopped: bool, take: Callable[[Monitor], None] | None = None) -> None:
         """Send to the socket `fd`; with `stopped` the guest is stopped first.
@@ -137,6 +142,7 @@ class OutgoingMigration:
 
     def _begin(self, send: Callable[[Monitor], None]) -> None:
         with Monitor(self.path) as monitor:
+            self.claim(monitor)
             guest_state = require_sendable(monitor, self.path)
             markers.refuse(markers.read(monitor), guest_state, self.path)
             if guest_state.run == "suspended" and self._on != SNAPSHOT:

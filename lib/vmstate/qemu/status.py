@@ -7,25 +7,31 @@ from typing import Any, NamedTuple
 
 from ..progress import Sample
 from ..report import printable, time_words
-from . import answers, markers
+from . import answers, claim, markers
 from .migration_progress import sample_of
 from .monitor import Monitor
 from .run_states import row_of
-from .settings import LEFT_OVER, left_behind
+from .settings import LEFT_OVER, SavedSettings, left_behind
 from .state import GuestState, lost_its_snapshot, query, query_once
 
 
 class Status(NamedTuple):
-    """What `of` found: the guest's path, its standing, whether left-overs lie there, words and commands for next."""
+    """What `of` found: the guest's path, its standing, whether left-overs lie there, words and commands for next.
+
+    holder: the command that works on it, in words; "" where there is none.
+    """
 
     path: str
     guest_state: GuestState
     leftovers: tuple[str, ...]
     words: str
     next: tuple[str, ...]
+    holder: str = ""
 
     def lines(self) -> list[str]:
         found = [f"{self.path}: {self.words}"]
+        if self.holder:
+            found.append(f"in the hands of {self.holder}")
         if self.leftovers:
             what = ", ".join(self.leftovers)
             found.append(f"left over from a command that was killed: {what} (the next command sets it right)")
@@ -40,31 +46,58 @@ class Status(NamedTuple):
             "reason": self.guest_state.reason or None,
             "words": self.words,
             "next": list(self.next),
+            "holder": self.holder or None,
             "leftovers": list(self.leftovers),
             "progress": sample.facts if sample else None,
         }
+
+
+class _Seen(NamedTuple):
+    """on: capabilities.  left: what a command has changed.  at_work: who holds the QEMU.  lost: its snapshot."""
+
+    guest_state: GuestState
+    found: markers.Marks
+    on: frozenset[str]
+    left: SavedSettings | None
+    at_work: claim.Holder | None
+    lost: bool
+
+    @property
+    def leftovers(self) -> tuple[str, ...]:
+        """Of a command that has ended: what belongs to one that is at work is not left over."""
+        if self.guest_state.moving or markers.held(self.found) or self.at_work:
+            return ()
+        changed = {*self.left.parameters, *(["the pause"] if self.left.stopped else [])} if self.left else set()
+        return tuple(sorted(self.on & set(LEFT_OVER) | changed))
 
 
 def of(path: str) -> Status:
     """Where the guest at `path` stands."""
     with Monitor(path) as monitor:
         guest_state = query(monitor)
-        on = {name for name, state in answers.capabilities(monitor).items() if state}
-        found = markers.read(monitor)
-        left = left_behind(monitor)
-        lost = lost_its_snapshot(guest_state, monitor.pid())
-    changed = {*left.parameters, *(["the pause"] if left.stopped else [])} if left else set()
-    # One that waits for the word of its source is held by a command that is at work.
-    held = guest_state.moving or markers.held(found)
-    leftovers = () if held else tuple(sorted(on & set(LEFT_OVER) | changed))
-    if lost:
+        seen = _Seen(
+            guest_state,
+            markers.read(monitor),
+            frozenset(name for name, state in answers.capabilities(monitor).items() if state),
+            left_behind(monitor),
+            claim.holder(monitor),
+            lost_its_snapshot(guest_state, monitor.pid()),
+        )
+    return _status(path, seen)._replace(holder=seen.at_work.words() if seen.at_work else "")
+
+
+def _status(path: str, seen: _Seen) -> Status:
+    guest_state, at_work, leftovers = seen.guest_state, seen.at_work, seen.leftovers
+    if seen.lost:
         words = "stands still: its pages are protected still, for a snapshot that was lost"
         return Status(path, guest_state, (), words, (f"vm-cont {shlex.quote(path)}",))
-    if markers.OFF in found and guest_state.run == "postmigrate":
+    if markers.OFF in seen.found and guest_state.run == "postmigrate":
         return Status(path, guest_state, leftovers, row_of("shutdown").words, ())
-    if moved := _of_move(path, guest_state, found):
+    if moved := _of_move(path, guest_state, seen.found):
         return Status(path, guest_state, leftovers, *moved)
-    return Status(path, guest_state, leftovers, _words(guest_state, leftovers), _next(path, guest_state))
+    waits = at_work and not at_work.serves and not guest_state.moving
+    words = _words(guest_state, leftovers)
+    return Status(path, guest_state, leftovers, words, () if waits else _next(path, guest_state))
 
 
 def _of_move(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[str, tuple[str, ...]] | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..deadline import Deadline
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Refused, VmstateError
 from ..io.descriptors import channel
-from ..qemu import answers, markers
+from ..qemu import answers, claim, markers
 from ..qemu.incoming import NO_ROUNDS, Waiting, refusal, require_waiting
 from ..qemu.launch import Process, check_arguments
 from ..qemu.monitor import Monitor
@@ -102,6 +102,7 @@ class Lazy:
         guest = ServedGuest(path, self._state, self._plan, ours)
         self._rollback.add("the channel", guest.close)
         with theirs, Monitor(path) as monitor:
+            claim.take(monitor, path, serves=True)
             require_waiting(monitor, path)
             hold_signals()
             self._rollback.add(SETTINGS, lambda: _settings_back(guest))

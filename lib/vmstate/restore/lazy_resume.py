@@ -1,7 +1,7 @@
 """A guest that runs on pages which nobody brings any more: another server takes up its restore (`--resume`)."""
 
 from ..errors import CannotDo, Misfit
-from ..qemu import markers
+from ..qemu import claim, markers
 from ..qemu.control import run_on
 from ..qemu.monitor import Monitor, StandsStill
 from ..qemu.state import GuestState, query, wait_for, with_retry
@@ -40,6 +40,7 @@ class Resume:
 
     def _go_on(self) -> tuple[ServedGuest, str]:
         with Monitor(self._path) as monitor:
+            claim.take(monitor, self._path, serves=True)
             guest_state, halted = self._require_lost(monitor)
             found = recover(monitor, self._state.opening)
             hold_signals()

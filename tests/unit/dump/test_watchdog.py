@@ -38,7 +38,7 @@ def dies(guard: Guard) -> None:
 
 
 def over(guard: Guard) -> bool:
-    return os.waitpid(guard._child, os.WNOHANG)[0] != 0
+    return os.waitpid(guard.pid, os.WNOHANG)[0] != 0
 
 
 def ends(guard: Guard) -> None:
@@ -154,8 +154,8 @@ def test_done_is_done(qemu: FakeQemu, path: str) -> None:
 def test_it_was_killed_itself(qemu: FakeQemu, path: str, call: Callable[[Guard], None]) -> None:
     """What is complete is not thrown away over that; nothing new is begun without it."""
     guard = Guard(path, "x")
-    os.kill(guard._child, signal.SIGKILL)
-    os.waitpid(guard._child, 0)
+    os.kill(guard.pid, signal.SIGKILL)
+    os.waitpid(guard.pid, 0)
     before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         call(guard)

@@ -90,7 +90,7 @@ def move(others: Others, *scripts: Script) -> tuple[BaseException | None, Sendin
             # As when this process ends.
             job._guard.leave()
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(job._guard._child, 0)
+            os.waitpid(job._guard.pid, 0)
     return found, qemu
 
 

@@ -52,7 +52,7 @@ def judge(found: BaseException, steps: set[str], done: list[str], bad: str) -> N
 
 def ends(guard: object) -> None:
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(guard._child, 0)
+        os.waitpid(guard.pid, 0)
 
 
 # the source

@@ -23,6 +23,8 @@ class FakeQemu:
             "tls-creds": "",
         }
         self.objects: dict[str, str] = {}
+        # Of these, those that say who works on it
+        self.claims: dict[str, str] = {}
         self.run, self.migration = "running", "none"
         self.version, self.kvm = (10, 0), False
         self.refuses: dict[str, str] = {}
@@ -81,21 +83,25 @@ class FakeQemu:
         return {}
 
     def qom_list(self, path: str) -> list[dict[str, str]]:
-        return [{"name": name, "type": "child<secret>"} for name in ("compat", *self.objects)]
+        return [{"name": name, "type": "child<secret>"} for name in ("compat", *self.objects, *self.claims)]
 
     def qom_get(self, path: str, property: str) -> str:  # noqa: A002 - QEMU's name
-        return self.objects[path.rpartition("/")[2]]
+        return (self.objects | self.claims)[path.rpartition("/")[2]]
 
     def object_add(self, qom_type: str, id: str, data: str) -> dict[str, Any]:  # noqa: A002 - QEMU's name
-        if id in self.objects:
+        there = self._store(id)
+        if id in there:
             raise KeyError(f"second {id}")
         json.loads(data)
-        self.objects[id] = data
+        there[id] = data
         return {}
 
     def object_del(self, id: str) -> dict[str, Any]:  # noqa: A002 - QEMU's name
-        del self.objects[id]
+        del self._store(id)[id]
         return {}
+
+    def _store(self, name: str) -> dict[str, str]:
+        return self.claims if name.startswith("vmstate-claim-") else self.objects
 
     def stop(self) -> dict[str, Any]:
         self.run = "paused"

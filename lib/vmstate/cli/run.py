@@ -128,6 +128,8 @@ def _finish() -> None:
 
 
 def _leave(status: int) -> NoReturn:
+    if claim := sys.modules.get("vmstate.qemu.claim"):
+        claim.release()
     # Whatever stands in Python's own buffers has been flushed; closing down the interpreter could only fail again.
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()

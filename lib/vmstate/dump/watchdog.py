@@ -92,6 +92,9 @@ class Guard:
 
     def leave(self) -> None:
         """Something is left to put back that we could not."""
+        from ..qemu import claim
+
+        claim.leave_to_watchdog()
         os.close(self._ours)
 
     def done(self) -> None:

@@ -142,7 +142,7 @@ class Receive:
 
     @staticmethod
     def _granted(monitor: Monitor, path: str, move: str) -> str:
-        at_work = claim.holder(monitor)
+        at_work = claim.another(monitor)
         if not at_work:
             claim.take(monitor, path, move=move)
         # One that is being moved is decided by whoever moves it.

@@ -3,18 +3,19 @@
 A command takes the claim at each of its ends before it changes a capability, a marker, a channel or a disk there.  The
 object `vmstate-claim-N` with the highest N tells the holder.  One whose processes have ended is taken over by adding
 N+1, which QEMU allows once; the highest is never removed, so that no number is given twice, and its holder's end frees
-it.  vm-speed, vm-cancel, vm-stop, vm-cont and vm-status take none, and obey the markers.
+it.  One in a pid namespace of its own (a container) says so in the end, since its processes are seen nowhere else.
+vm-speed, vm-cancel, vm-stop, vm-cont and vm-status take none, and obey the markers.
 """
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from ..deadline import Deadline
-from ..errors import CannotDo, Refused
+from ..errors import CannotDo, Refused, VmstateError
 from ..fields import Fields
 from . import answers, markers
 from .monitor import PATIENCE, Monitor
@@ -24,8 +25,16 @@ PREFIX = "vmstate-claim-"
 COMMAND = "[a-z][a-z0-9_.-]{0,31}"
 # More than a command and its watchdog need.
 MOST = 8
+# Of the first pid namespace of a machine (PROC_PID_INIT_INO): who can see all processes.
+FIRST = "pid:[4026531836]"
+# Where this process has a claim that nobody else could see the end of
+_unseen: set[str] = set()
 # In a race each loser sees the winner; more rounds than there can be.
 ROUNDS = 64
+
+
+# In place of its host, of one that has ended
+ENDED = "ended"
 
 
 class Process(NamedTuple):
@@ -42,7 +51,8 @@ class Process(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """Who holds a claim.  name: of the command.  host: its boot and pid namespace.  move: the migration it is at.
+    """Who holds a claim.  name: of the command.  processes: itself, and then its watchdog.  host: its boot and pid
+    namespace.  move: the migration it is at.
 
     serves: it brings the pages of a guest that may run meanwhile.
     """
@@ -61,13 +71,19 @@ class Holder(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        """One that cannot be seen counts as alive."""
+        """One that cannot be seen counts as alive, unless it has said that it has ended."""
+        if self.host == ENDED:
+            return False
         return not self.seen or any(process.alive for process in self.processes)
 
     @property
     def ends(self) -> bool:
         """The command itself has ended, and its watchdog puts things back."""
         return self.seen and not self.processes[0].alive
+
+    @property
+    def is_us(self) -> bool:
+        return self.seen and os.getpid() in (process.pid for process in self.processes)
 
     def words(self) -> str:
         """As the object of a sentence."""
@@ -81,10 +97,10 @@ class Holder(NamedTuple):
         return "it can be used again once that has ended"
 
 
-def holder(monitor: Monitor) -> Holder | None:
-    """Who holds the claim of a QEMU now; None where nobody does, or whoever did has ended."""
+def another(monitor: Monitor) -> Holder | None:
+    """Who holds the claim of a QEMU now; None where nobody does, whoever did has ended, or it is this process."""
     found = _highest(monitor)
-    return found if found and found.alive else None
+    return found if found and found.alive and not found.is_us else None
 
 
 def take(
@@ -98,14 +114,14 @@ def take(
     this = [_process(pid) for pid in (os.getpid(), watchdog) if pid is not None]
     found: Holder | None = None
     for _ in Deadline(PATIENCE).tries(0.02):
-        found = _taken(monitor, this, move, serves, ours)
+        found = _taken(monitor, path, this, move, serves, ours)
         if found is None or not found.ends:
             break
     if found:
         raise CannotDo(f"the guest at {path} is in the hands of {found.words()}", found.hint())
 
 
-def _taken(monitor: Monitor, this: list[Process], move: str, serves: bool, ours: str) -> Holder | None:
+def _taken(monitor: Monitor, path: str, this: list[Process], move: str, serves: bool, ours: str) -> Holder | None:
     """Try to take it; who has it instead."""
     for _ in range(ROUNDS):
         found = _highest(monitor)
@@ -121,16 +137,37 @@ def _taken(monitor: Monitor, this: list[Process], move: str, serves: bool, ours:
         except Refused:
             # Another one was faster.
             continue
-        numbers = _numbers(monitor)
-        if number == max(numbers):
-            _remove(monitor, (lower for lower in numbers if lower < number))
+        if _is_highest(monitor, number):
+            if not _host().endswith(FIRST):
+                _unseen.add(path)
             return None
     raise CannotDo("the claims of this QEMU change all the time")
 
 
-def _remove(monitor: Monitor, numbers: Iterable[int]) -> None:
-    for number in numbers:
-        markers.remove(monitor, f"{PREFIX}{number}")
+def _is_highest(monitor: Monitor, number: int) -> bool:
+    """Whether ours is the highest; then those below it go."""
+    numbers = _numbers(monitor)
+    if number != max(numbers):
+        return False
+    for lower in numbers:
+        if lower < number:
+            markers.remove(monitor, f"{PREFIX}{lower}")
+    return True
+
+
+def leave_to_watchdog() -> None:
+    """What there is to undo goes on to be undone when this process has ended."""
+    _unseen.clear()
+
+
+def release() -> None:
+    """At the end of a command: say so where nobody else could see it."""
+    for path in _unseen:
+        with contextlib.suppress(VmstateError), Monitor(path) as monitor:
+            found = _highest(monitor)
+            if found and found.is_us:
+                markers.put(monitor, f"{PREFIX}{found.number + 1}", command=_name(), pids=[0], starts=[0], host=ENDED)
+                _is_highest(monitor, found.number + 1)
 
 
 def _numbers(monitor: Monitor) -> list[int]:
@@ -146,7 +183,9 @@ def _highest(monitor: Monitor) -> Holder | None:
     facts = Fields(markers.facts(monitor, f"{PREFIX}{number}"), f"the object '{PREFIX}{number}' in QEMU")
     try:
         pids, starts = facts.wholes("pids", most=MOST), facts.wholes("starts", most=MOST)
-        found = tuple(Process(*pair) for pair in zip(pids, starts, strict=True)) or (Process(0, 0),)
+        found = tuple(Process(*pair) for pair in zip(pids, starts, strict=True))
+        if not found:
+            raise CannotDo("no process")
         name, host = facts.text("command", pattern=COMMAND), facts.text("host", most=256)
         return Holder(number, name, found, host, facts.text("move", "", most=64), facts.flag("serves", False))
     except (CannotDo, ValueError):

@@ -83,7 +83,7 @@ def _cont(monitor: Monitor, path: str, force: bool) -> GuestState:
         raise CannotDo(f"the guest at {path} {row.words}: it cannot run on", row.hint)
     if markers.OFF in found and guest_state.run not in ("prelaunch", "running"):
         raise CannotDo(f"the guest at {path} has shut down: it cannot run on", row_of("shutdown").hint)
-    at_work = claim.holder(monitor)
+    at_work = claim.another(monitor)
     if not force:
         if at_work and not at_work.serves and guest_state.run != "running":
             raise CannotDo(f"the guest at {path} is in the hands of {at_work.words()}", at_work.hint())

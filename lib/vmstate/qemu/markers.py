@@ -82,6 +82,8 @@ def hold(monitor: Monitor) -> None:
 def stay(monitor: Monitor) -> None:
     """The guest runs here now, by somebody's word."""
     found = read(monitor)
+    if OFF in found:
+        remove(monitor, OFF)
     if MOVED in found:
         # Heard to run there, it is asked for by nobody any more.
         keep(monitor, None if HEARD in found else found[MOVED].get("move"))

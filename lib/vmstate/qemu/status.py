@@ -80,7 +80,7 @@ def of(path: str) -> Status:
             markers.read(monitor),
             frozenset(name for name, state in answers.capabilities(monitor).items() if state),
             left_behind(monitor),
-            claim.holder(monitor),
+            claim.another(monitor),
             lost_its_snapshot(guest_state, monitor.pid()),
         )
     return _status(path, seen)._replace(holder=seen.at_work.words() if seen.at_work else "")

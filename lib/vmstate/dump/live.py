@@ -175,12 +175,15 @@ class Dump:
         self._migration.start(self._theirs.fileno(), stopped=self._plan.stop, take=take)
         self._theirs.close()
         release_signals()
-        if qemu := self._migration.wakes:
-            self._report.warning(f"the guest at {self._plan.path} sleeps (S3), and {qemu} wakes it when it goes on")
+        self._warn_of_waking()
         if self._migration.paused_first:
             self._report.warning(paused_first_words(self._migration.paused_first, self._plan.path, PAUSED_STATE))
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
             return self._outgoing.run()
+
+    def _warn_of_waking(self) -> None:
+        if qemu := self._migration.wakes:
+            self._report.warning(wakes_words(qemu, self._plan.path))
 
     def _prove(self) -> None:
         if isinstance(self._sink, Output):
@@ -274,3 +277,8 @@ def paused_first_words(qemu: str, path: str, then: str) -> str:
     """Why the guest at `path` was paused before its state was sent live, and what follows."""
     why = f"{qemu} without KVM loses pages that a running guest writes meanwhile"
     return f"the guest at {path} was paused first, since {why} ({then}; --live-anyway sends it all the same)"
+
+
+def wakes_words(qemu: str, path: str) -> str:
+    """What happens to the guest at `path`, which sleeps."""
+    return f"the guest at {path} sleeps (S3), and {qemu} wakes it when it goes on"

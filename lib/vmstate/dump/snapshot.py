@@ -125,6 +125,7 @@ class Snapshot(Dump):
         self._talk.join()
         if self._talk.error:
             raise self._talk.error
+        self._warn_of_waking()
         return state
 
     def _begin(self) -> None:

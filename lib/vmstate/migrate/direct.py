@@ -8,7 +8,7 @@ import os
 import time
 from typing import Any, NamedTuple
 
-from ..dump.live import Dump, DumpPlan
+from ..dump.live import Dump, DumpPlan, wakes_words
 from ..dump.watchdog import Guard
 from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError, WrongUsage
 from ..io.descriptors import kind
@@ -118,6 +118,8 @@ class Move:
             self._migration.move(self._plan.target.uri, self._plan.target.fd)
         except BaseException as error:
             raise self._broken_off(error) from error
+        if self._migration.wakes:
+            self._report.warning(wakes_words(self._migration.wakes, self._plan.path))
 
     def run(self) -> dict[str, Any]:
         """Until the guest has arrived; whatever goes wrong before, it runs on here."""

@@ -6,7 +6,7 @@ Source: docs/link.md.
 import contextlib
 import socket
 
-from ..dump.live import paused_first_words
+from ..dump.live import paused_first_words, wakes_words
 from ..errors import VmstateError
 from ..io.descriptors import channel
 from ..progress import Progress
@@ -47,6 +47,8 @@ class Sending:
         of.migration.start(self._theirs.fileno(), stopped=False)
         release_signals()
         self._theirs.close()
+        if of.migration.wakes:
+            of.report.warning(wakes_words(of.migration.wakes, of.plan.path))
         if of.migration.paused_first:
             of.report.warning(paused_first_words(of.migration.paused_first, of.plan.path, "it runs there"))
 

@@ -145,7 +145,7 @@ class OutgoingMigration:
             self.claim(monitor)
             guest_state = require_sendable(monitor, self.path)
             markers.refuse(markers.read(monitor), guest_state, self.path)
-            if guest_state.run == "suspended" and self._on != SNAPSHOT:
+            if guest_state.run == "suspended":
                 self.wakes = wakes(monitor, self.path, self._may_sleep)
             self.saved.found = guest_state.run
             self.saved.ran = ran(monitor, guest_state)

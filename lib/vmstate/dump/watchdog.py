@@ -165,7 +165,10 @@ def _put_guest_back(duty: _Duty) -> None:
     """However long that takes: the wait ends with the QEMU."""
     from ..qemu import settings, state
 
-    state.wait_for(duty.path, lambda found: found.at_rest, state.FOR_EVER, "to end its migration", slowest=0.5)
+    # One that has crossed over is for `vm-migrate --recover`, which puts back the settings as well.
+    over = ("postcopy-paused",)
+    ends = "to end its migration"
+    state.wait_for(duty.path, lambda s: s.at_rest or s.migration in over, state.FOR_EVER, ends, slowest=0.5)
     _resume(duty)
     state.with_retry(duty.path, lambda monitor: settings.clear_leftovers(monitor, duty.owner), state.FOR_EVER)
 

@@ -62,6 +62,13 @@ class Fields:
             raise self.error(name, f"a text like {pattern}")
         return value
 
+    def secret(self, name: str, *, pattern: str) -> str:
+        """A text of which no error shows anything."""
+        value = self._value(name)
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise self._wrong(f"{self._what}: field '{self._at}{name}': expected a text like {pattern}")
+        return value
+
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """One of some texts."""
         value = self.text(name)

@@ -64,14 +64,14 @@ class IncomingMigration:
             of.report.hint(f"the guest's monitor is {of.path}")
         return {"guest": of.path, "state": state, "bytes": loading.bytes}
 
-    def resume(self) -> dict[str, Any]:
-        """Of a guest that has crossed over, when the link was lost: the rest of its pages."""
+    def resume(self, accept: dict[str, str]) -> dict[str, Any]:
+        """Of a guest that has crossed over, when the link was lost: the rest of its pages.  accept: what to answer."""
         of = self._of
         qemu = recover(of.path, of.hello.move)
         of.undo.add("the channel to QEMU", qemu.close)
         of.phases.go(Phase.CROSSED)
         try:
-            of.link.tell(link.ACCEPT)
+            of.link.tell(link.ACCEPT, **accept)
             Loading(of, qemu, Inlet(qemu, None)).run()
             return {"guest": of.path, "state": finish_postcopy(of)}
         except BaseException as error:

@@ -44,7 +44,7 @@ THERE = "where this QEMU is gone, on the other side: vm-status there tells how t
 
 
 class Handover:
-    """move: its number.  reasons: why it was interrupted from here; the first one counts."""
+    """move: its number, secret: its secret.  reasons: why it was interrupted from here; the first one counts."""
 
     def __init__(
         self,
@@ -52,12 +52,14 @@ class Handover:
         transport: Transport,
         report: Report,
         move: str,
+        secret: str,
         peer: Peer,
         migration: OutgoingMigration,
         near: NearMonitor,
         undo: Rollback,
     ) -> None:
-        self.plan, self.transport, self.report, self.move = plan, transport, report, move
+        self.plan, self.transport, self.report = plan, transport, report
+        self.move, self.secret = move, secret
         self.peer, self.migration, self.near, self.undo = peer, migration, near, undo
         self.phases: Phases[Phase] = Phases(Phase.ASKING, STEPS)
         self.reasons: list[VmstateError] = []

@@ -23,7 +23,7 @@ SUMMED = 1
 # In each pipe and socket on the way: what waits there when the guest is stopped for the last part prolongs its pause
 # (measured: with a whole block each by half), and less makes the way slower.
 ROOM = 256 << 10
-HELLO, ACCEPT, REFUSE, DATA, BACK, SWITCH, END, LOADED, GO, RUNNING, CANCEL = b"HARDBSELGNC"
+HELLO, ACCEPT, REFUSE, DATA, BACK, SWITCH, END, LOADED, GO, RUNNING, CANCEL, CHALLENGE, PROOF = b"HARDBSELGNCQP"
 RAW = (DATA, BACK)
 # The other side may have to start a QEMU, or somebody to type a password.
 ANSWERS = 60.0

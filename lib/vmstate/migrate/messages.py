@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import CannotDo, Damaged, InDoubt, Misfit, VmstateError
 from ..fields import Fields
 from ..report import printable
+from . import proof
 from .finding import Finding
 from .link import VERSION, LinkFrame
 
@@ -35,7 +36,8 @@ class Origin(NamedTuple):
 class Hello(NamedTuple):
     """move: "" where the purpose needs none.  facts: what `preflight.compare` judges, each part by itself.
 
-    run: whether the guest ran.  through: the names of the filters on the way.
+    run: whether the guest ran.  through: the names of the filters on the way.  secret: of a migration that begins,
+    nonce: of a conversation about one that was begun before; "" for any other.
     """
 
     purpose: str
@@ -47,6 +49,8 @@ class Hello(NamedTuple):
     clock: bool
     postcopy: bool
     origin: Origin
+    secret: str = ""
+    nonce: str = ""
 
     @classmethod
     def of(cls, frame: LinkFrame) -> "Hello":
@@ -72,6 +76,8 @@ class Hello(NamedTuple):
             Origin(origin.text("host", "", most=HOST), origin.text("path", "", most=PATH))
             if origin
             else Origin("", ""),
+            fields.secret("secret", pattern=proof.SECRET) if purpose == "move" else "",
+            fields.text("nonce", "", pattern=proof.NONCE) if purpose in proof.MARKERS else "",
         )
 
 
@@ -87,32 +93,41 @@ class Accepted(NamedTuple):
 
 
 class Stand(NamedTuple):
-    """Where the guest of a receiver stands: `state` is a row of docs/link.md; move and run: "" where there is none."""
+    """Where the guest of a migration stands on the side that was asked: `state` is a row of docs/link.md.
+
+    run: QEMU's run state, or "".  proof: that this is said by one who has the secret.
+    """
 
     state: str
-    move: str
     run: str
+    proof: str
 
     @classmethod
     def of(cls, frame: LinkFrame) -> "Stand":
         fields = Fields(frame.values, "the other side's answer")
-        # A guest that has not moved says null.
-        move = "" if fields.get("move") is None else fields.text("move", pattern=MOVE)
-        return cls(fields.text("state", pattern=STATE), move, fields.text("run", "", pattern=STATE))
+        # An empty text is none, too.
+        run = fields.text("run", pattern=STATE) if fields.get("run") else ""
+        return cls(fields.text("state", pattern=STATE), run, fields.text("proof", pattern=proof.PROOF))
 
 
-class Grant(NamedTuple):
-    """What a source says that was asked for its guest; guest and host: where it was looked for."""
+class Challenge(NamedTuple):
+    """nonce: of the side that is asked about a migration."""
 
-    state: str
-    guest: str
-    host: str
+    nonce: str
 
     @classmethod
-    def of(cls, frame: LinkFrame) -> "Grant":
-        fields = Fields(frame.values, "the other side's answer")
-        where = fields.text("guest", "", most=PATH), fields.text("host", "", most=HOST)
-        return cls(fields.text("state", pattern=STATE), *where)
+    def of(cls, frame: LinkFrame) -> "Challenge":
+        return cls(Fields(frame.values, "the other side's challenge").text("nonce", pattern=proof.NONCE))
+
+
+class Proof(NamedTuple):
+    """proof: that the secret of a migration is known to who asks about it."""
+
+    proof: str
+
+    @classmethod
+    def of(cls, frame: LinkFrame) -> "Proof":
+        return cls(Fields(frame.values, "the proof", Damaged).text("proof", pattern=proof.PROOF))
 
 
 class Loaded(NamedTuple):
@@ -126,23 +141,33 @@ class Loaded(NamedTuple):
 
 
 class Go(NamedTuple):
-    """The guest is let go here: whatever is wrong with it, it is in doubt."""
+    """The guest is let go here: whatever is wrong with it, it is in doubt.
+
+    proof: "" in the conversation in which the guest has come.
+    """
 
     move: str
+    proof: str
 
     @classmethod
     def of(cls, frame: LinkFrame) -> "Go":
-        return cls(Fields(frame.values, "the source's 'go'", InDoubt).text("move", pattern=MOVE))
+        fields = Fields(frame.values, "the source's 'go'", InDoubt)
+        return cls(fields.text("move", pattern=MOVE), fields.text("proof", "", pattern=proof.PROOF))
 
 
 class Running(NamedTuple):
-    """state: QEMU's run state there.  The guest has been let go: whatever is wrong with it, it is in doubt."""
+    """state: QEMU's run state there.  The guest has been let go: whatever is wrong with it, it is in doubt.
+
+    proof: as in `Go`.
+    """
 
     state: str
+    proof: str
 
     @classmethod
     def of(cls, frame: LinkFrame) -> "Running":
-        return cls(Fields(frame.values, "the other side's 'running'", InDoubt).text("state", pattern=STATE))
+        fields = Fields(frame.values, "the other side's 'running'", InDoubt)
+        return cls(fields.text("state", pattern=STATE), fields.text("proof", "", pattern=proof.PROOF))
 
 
 def _finding(fields: Fields) -> Finding:
@@ -159,7 +184,8 @@ def told(findings: list[Finding]) -> list[dict[str, str]]:
 def refusal(error: VmstateError) -> dict[str, Any]:
     """An error of ours, as the other side is told it."""
     hints = [hint[:WORDS] for hint in error.hints[:HINTS]]
-    return {"status": error.status, "message": str(error)[:WORDS], "hints": hints}
+    unknown = {"unknown": True} if isinstance(error, proof.Unknown) else {}
+    return {"status": error.status, "message": str(error)[:WORDS], "hints": hints, **unknown}
 
 
 def refused(frame: LinkFrame) -> VmstateError:
@@ -168,6 +194,8 @@ def refused(frame: LinkFrame) -> VmstateError:
         fields = Fields(frame.values, "the other side's refusal")
         family = FAMILY.get(fields.whole("status", 1), CannotDo)
         message = fields.text("message", "it gave no reason", most=WORDS)
+        if fields.flag("unknown", False):
+            return proof.Unknown(f"the other side: {message}")
         return family(f"the other side: {message}", *fields.texts("hints", most=HINTS, longest=WORDS))
     except VmstateError as wrong:
         return wrong

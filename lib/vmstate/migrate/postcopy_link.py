@@ -16,6 +16,7 @@ from ..qemu import claim, control, markers, outgoing, state
 from ..qemu.monitor import Monitor
 from . import decision, link, messages
 from .link import ANSWERS, LinkFrame
+from .proof import Talk
 from .remote import Peer
 from .uri import Transport
 
@@ -104,7 +105,7 @@ def finish_postcopy(path: str, peer: Peer) -> str:
     return messages.Running.of(peer.expect(link.RUNNING, ANSWERS)).state
 
 
-def resume(path: str, transport: Transport, move: str) -> str:
+def resume(path: str, transport: Transport, talk: Talk) -> str:
     """Take up a move whose link was lost when the guest had crossed over; its run state there.
 
     InDoubt where the link is lost again, or the other side has no such guest.
@@ -114,7 +115,7 @@ def resume(path: str, transport: Transport, move: str) -> str:
     peer = Peer(transport)
     ours, theirs = channel()
     try:
-        peer.ask("resume", move=move)
+        peer.ask_about(talk)
         bridge = PostcopyBridge(path, ours, peer)
         with Monitor(path) as monitor:
             monitor.send_fd(outgoing.NAME, theirs.fileno())

@@ -79,7 +79,8 @@ class Reception:
     @property
     def facts(self) -> dict[str, Any]:
         """Of the mark in its QEMU."""
-        return {"move": self.hello.move, "run": self.hello.run, **self.hello.origin._asdict()}
+        hello = self.hello
+        return {"move": hello.move, "secret": hello.secret, "run": hello.run, **hello.origin._asdict()}
 
     @property
     def may_announce(self) -> bool:

@@ -10,24 +10,31 @@ from ..signals import no_more_signals
 from . import decision, link, messages
 from .decision import migration_state
 from .postcopy_link import resume
+from .proof import Talk, Unknown
 from .remote import Peer
 from .uri import Transport
 
 
-def go(transport: Transport, move: str) -> str:
+def go(transport: Transport, move: str, secret: object) -> str:
     """Ask the other side for the guest of this move and, where it waits for it, say go; its run state there.
 
     InDoubt where it is not there any more, CannotDo where the other side is not reached.
     """
+    talk = Talk.about("settle", move, secret)
     peer = Peer(transport)
     try:
-        there = messages.Stand.of(peer.ask("settle", move=move))
-        if there.move == move and there.state == "running":
+        there = peer.ask_about(talk)
+        if there.state == "running":
             return there.run
-        if there.move != move or there.state != "loaded":
+        if there.state != "loaded":
             raise InDoubt(f"the guest of this move is not there: the one there is '{there.state}'")
-        peer.tell(link.GO, move=move)
-        return messages.Running.of(peer.expect(link.RUNNING, link.ANSWERS)).state
+        peer.tell(link.GO, move=move, proof=talk.prove("go"))
+        running = messages.Running.of(peer.expect(link.RUNNING, link.ANSWERS))
+        if not talk.proves(running.proof, "running", running.state):
+            raise InDoubt("what says that the guest runs has not the secret of its migration")
+        return running.state
+    except Unknown as error:
+        raise InDoubt(f"the guest of this move is not there: {error}") from error
     finally:
         peer.leave()
 
@@ -60,42 +67,43 @@ def recover(path: str, transport: Transport | None, *, sure: bool = False) -> di
 
 
 def _recover(path: str, transport: Transport | None, here: dict[str, Any], sure: bool) -> dict[str, Any]:
-    move = str(here.get("move"))
+    move, secret = str(here.get("move")), here["facts"].get("secret")
     if here["state"] == "postcopy":
         if transport is None or "ran" not in here["facts"]:
             text = f"the guest at {path} has crossed over, and one side has pages that the other lacks"
             raise InDoubt(text, "on its source: vm-migrate --recover GUEST URI takes the move up again")
-        return {"guest": path, "where": "there", "state": resume(path, transport, move)}
+        talk = Talk.about("resume", move, here["facts"].get("secret"))
+        return {"guest": path, "where": "there", "state": resume(path, transport, talk)}
     if here["state"] == "loaded":
         return _destination(path, transport, move, here["facts"], sure)
     if here["state"] in ("given", "granted") and here.get("move"):
-        return _source(path, transport, move)
+        return _source(path, transport, move, secret)
     if here["state"] == "here" and here.get("move") and transport:
-        _forget(path, transport, move)
+        _forget(path, transport, move, secret)
     return {"guest": path, "where": "here", "state": here["run"]}
 
 
-def _forget(path: str, transport: Transport, move: str) -> None:
+def _forget(path: str, transport: Transport, move: str, secret: object) -> None:
     """Where the other side does not hold the guest of a move that was taken back, nobody will ask for it any more."""
     with contextlib.suppress(VmstateError):
-        if _ask(transport, move) not in ("loaded", "loading"):
+        if _ask(transport, move, secret) not in ("loaded", "loading"):
             state.with_retry(path, lambda monitor: markers.forget(monitor, move))
 
 
-def _source(path: str, transport: Transport | None, move: str) -> dict[str, Any]:
+def _source(path: str, transport: Transport | None, move: str, secret: object) -> dict[str, Any]:
     """One that was given away: forward if the other side has it, else back if it has not been granted."""
     force = f"only once it is gone there: vm-cont --force {path}"
     try:
-        there = _ask(transport, move) if transport else "not asked"
+        there = _ask(transport, move, secret) if transport else "not asked"
     except VmstateError as error:
-        there = f"not reached: {error}"
+        there = f"not heard of: {error}"
     if (
         there in ("loaded", "running")
         and state.with_retry(path, lambda monitor: decision.grant(monitor, move)) == "granted"
     ):
         assert transport
         try:
-            return {"guest": path, "where": "there", "state": go(transport, move)}
+            return {"guest": path, "where": "there", "state": go(transport, move, secret)}
         except VmstateError as error:
             raise InDoubt(f"the guest at {path} was given away, and does not run there: {error}", force) from error
     if state.with_retry(path, decision.take_back_given):
@@ -104,13 +112,20 @@ def _source(path: str, transport: Transport | None, move: str) -> dict[str, Any]
     raise InDoubt(text, *([] if transport else [f"to ask there: vm-migrate --recover {path} URI"]), force)
 
 
-def _ask(transport: Transport, move: str) -> str:
+def _ask(transport: Transport, move: str, secret: object) -> str:
+    try:
+        return _asked("settle", transport, move, secret)
+    except Unknown:
+        return "not there"
+
+
+def _asked(purpose: str, transport: Transport, move: str, secret: object) -> str:
+    talk = Talk.about(purpose, move, secret)
     peer = Peer(transport)
     try:
-        there = messages.Stand.of(peer.ask("settle", move=move))
+        return peer.ask_about(talk).state
     finally:
         peer.leave()
-    return there.state if there.move == move else "not there"
 
 
 def _destination(
@@ -138,22 +153,20 @@ def _require_grant(path: str, transport: Transport | None, move: str, facts: dic
     if transport is None:
         hint = f"vm-migrate --recover {path} URI, with URI the way to {source}"
         raise InDoubt(f"the guest at {path} was loaded, and whether its source has let it go is not known", hint, sure)
-    peer = Peer(transport)
     try:
-        there = messages.Grant.of(peer.ask("grant", move=move))
+        there = _asked("grant", transport, move, facts.get("secret"))
+    except Unknown as error:
+        # It may have run on there, and have been ended: then this copy is an old one.
+        text = f"the source of the guest at {path} was {source}; what was asked knows nothing of it: {error}"
+        raise InDoubt(text, sure) from error
     except VmstateError as error:
-        raise InDoubt(f"the source of the guest at {path}, {source}, was not reached: {error}", sure) from error
-    finally:
-        peer.leave()
-    if there.state == "granted":
+        raise InDoubt(f"the source of the guest at {path}, {source}, was not heard of: {error}", sure) from error
+    if there == "granted":
         return
-    if there.state == "here":
+    if there == "here":
         text = f"the guest at {path} runs at its source, {source}: this copy is of no use"
         raise InDoubt(text, "end this QEMU, and start it again with -incoming defer")
-    if there.state == "undecided":
+    if there == "undecided":
         text = f"the source of the guest at {path}, {source}, has not decided yet"
         raise InDoubt(text, "ask again in a moment")
-    # It may have run on there, and have been ended: then this copy is an old one.
-    asked = f"{there.guest} on {there.host}"
-    what = "is no QEMU any more" if there.state == "gone" else "knows nothing of it"
-    raise InDoubt(f"the source of the guest at {path} was {source}; now {asked} {what}", sure)
+    raise InDoubt(f"the source of the guest at {path}, {source}, has neither granted nor kept it: {there}", sure)

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import CannotDo, Damaged, VmstateError
 from ..io.pipeline import end_group, words_of_status
 from . import messages
-from .link import ACCEPT, ANSWERS, ENDS, HELLO, MANY, REFUSE, VERSION, Link, LinkFrame
+from .link import ACCEPT, ANSWERS, CHALLENGE, ENDS, HELLO, MANY, PROOF, REFUSE, VERSION, Link, LinkFrame
+from .proof import Talk
 from .uri import Transport
 
 
@@ -44,6 +45,16 @@ class Peer:
         """Say hello; what the other side answers when it accepts, else its refusal as an error."""
         self.tell(HELLO, version=VERSION, purpose=purpose, **values)
         return self.expect(ACCEPT, ANSWERS)
+
+    def ask_about(self, talk: Talk) -> messages.Stand:
+        """Ask for a guest whose migration was begun before; each side shows the other that it has its secret."""
+        self.tell(HELLO, version=VERSION, purpose=talk.purpose, move=talk.move, nonce=talk.asker)
+        talk.asked = messages.Challenge.of(self.expect(CHALLENGE, ANSWERS)).nonce
+        self.tell(PROOF, proof=talk.prove("ask"))
+        there = messages.Stand.of(self.expect(ACCEPT, ANSWERS))
+        if not talk.proves(there.proof, "accept", there.state, there.run):
+            raise CannotDo("what answers has not the secret of this migration", "does the URI lead to its other side?")
+        return there
 
     def tell(self, kind: int, **values: Any) -> None:
         """CannotDo where the link is gone."""

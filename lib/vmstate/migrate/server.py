@@ -4,7 +4,6 @@ Source: docs/link.md.
 """
 
 import contextlib
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +11,15 @@ from ..errors import CannotDo, Damaged, GuestGone, Misfit, VmstateError
 from ..qemu import claim, control, markers, settings
 from ..qemu.incoming import require_waiting
 from ..qemu.launch import Process, check_arguments, monitor_path
-from ..qemu.monitor import Monitor
+from ..qemu.monitor import Busy, Monitor
 from ..qemu.state import query, with_retry
 from ..report import Report
 from ..signals import hold_signals, no_more_signals, release_signals
-from . import decision, filters, finding, link, messages, preflight
+from . import decision, filters, finding, link, messages, preflight, proof
 from .destination import IncomingMigration
 from .link import Link, LinkFrame
 from .messages import Go, Hello
+from .proof import Talk, Unknown
 from .reception import ReceivePlan
 
 
@@ -72,7 +72,9 @@ class Receive:
         return migration.run(findings)
 
     def _resume(self, hello: Hello) -> dict[str, Any]:
-        return IncomingMigration(self._plan, self._path(), self._report, self._link, hello, None).resume()
+        path, talk = self._bound(hello)
+        migration = IncomingMigration(self._plan, path, self._report, self._link, hello, None)
+        return migration.resume(talk.answer("postcopy"))
 
     def _check(self, hello: Hello) -> dict[str, Any]:
         """As a move, but for the move."""
@@ -103,18 +105,44 @@ class Receive:
 
     # what a move has left
 
-    def _settle(self, _hello: Hello) -> dict[str, Any]:
+    def _bound(self, hello: Hello) -> tuple[str, Talk]:
+        """The guest that is asked for; Unknown where who asks does not show the secret of its migration."""
+        path, nonce = self._path(), proof.draw()
+        self._link.tell(link.CHALLENGE, nonce=nonce)
+        frame = self._next(link.ANSWERS)
+        if frame.kind != link.PROOF:
+            raise Unknown
+        shown = messages.Proof.of(frame).proof
+        try:
+            with Monitor(path) as monitor:
+                found = markers.read(monitor)
+        except Busy as error:
+            raise CannotDo("the guest cannot be asked now", "ask again in a moment") from error
+        except VmstateError as error:
+            raise Unknown from error
+        talk = Talk.of(hello.purpose, hello.move, found, hello.nonce, nonce)
+        if not talk.proves(shown, "ask"):
+            raise Unknown
+        return path, talk
+
+    def _settle(self, hello: Hello) -> dict[str, Any]:
         """Say where the guest stands; a source that has granted it may then say go."""
-        path = self._path()
-        values = decision.migration_state(path)
-        self._link.tell(link.ACCEPT, **values)
+        path, talk = self._bound(hello)
+        here = decision.migration_state(path)
+        if here.get("move") != hello.move:
+            raise Unknown
+        state, run = here["state"], here["run"]
+        self._link.tell(link.ACCEPT, **talk.answer(state, run))
         while frame := self._link.receive():
             if frame.kind == link.GO:
-                values = self._go_after_all(path, Go.of(frame).move)
-                self._link.tell(link.RUNNING, **values)
-        return {"guest": path, **values}
+                go = Go.of(frame)
+                if go.move != hello.move or not talk.proves(go.proof, "go"):
+                    raise Unknown
+                run = self._go_after_all(path, hello.move)
+                self._link.tell(link.RUNNING, state=run, proof=talk.prove("running", run))
+        return {"guest": path, "state": run}
 
-    def _go_after_all(self, path: str, move: str) -> dict[str, Any]:
+    def _go_after_all(self, path: str, move: str) -> str:
         def go(monitor: Monitor) -> str:
             claim.take(monitor, path, move=move, ours=move)
             found = markers.read(monitor)
@@ -128,16 +156,18 @@ class Receive:
                 control.announce(monitor)
             return state
 
-        return {"state": with_retry(path, go)}
+        return with_retry(path, go)
 
     def _grant(self, hello: Hello) -> dict[str, Any]:
         """Here is the source: let its guest go, if it was given away in this move."""
-        path, move = self._path(), hello.move
+        path, talk = self._bound(hello)
         try:
-            state = with_retry(path, lambda monitor: self._granted(monitor, path, move))
-        except GuestGone:
-            state = "gone"
-        self._link.tell(link.ACCEPT, state=state, guest=path, host=socket.gethostname())
+            state = with_retry(path, lambda monitor: self._granted(monitor, path, hello.move))
+        except GuestGone as error:
+            raise Unknown from error
+        if state == "unknown":
+            raise Unknown
+        self._link.tell(link.ACCEPT, **talk.answer(state))
         return {"guest": path, "state": state}
 
     @staticmethod
@@ -157,13 +187,17 @@ class Receive:
         return path
 
     def _expect(self, kind: int, seconds: float) -> LinkFrame:
+        frame = self._next(seconds)
+        if frame.kind != kind:
+            raise Damaged(f"the source said '{chr(frame.kind)}' where '{chr(kind)}' was expected")
+        return frame
+
+    def _next(self, seconds: float) -> LinkFrame:
         if not self._link.comes(seconds):
             raise CannotDo(f"nothing came over the link in {seconds:.0f} s")
         frame = self._link.receive()
         if frame is None:
             raise CannotDo("nothing came over the link: it ended before its source had said hello")
-        if frame.kind != kind:
-            raise Damaged(f"the source said '{chr(frame.kind)}' where '{chr(kind)}' was expected")
         return frame
 
     def _end_process(self) -> None:

@@ -18,7 +18,7 @@ from ..qemu.state import GuestState, query, query_once, with_retry
 from ..report import Report
 from ..rollback import Rollback
 from ..signals import hold_signals, no_more_signals, release_signals
-from . import decision, filters, preflight
+from . import decision, filters, preflight, proof
 from .direct import MigratePlan
 from .handover import GUEST, LINK, THERE, WATCHDOG, Handover, Phase
 from .messages import Accepted
@@ -40,7 +40,7 @@ class OutgoingHandover:
         self._report = report
         self._mode = mode
         self._started = time.monotonic()
-        self._move = os.urandom(8).hex()
+        self._move, self._secret = os.urandom(8).hex(), proof.draw()
         self._undo = Rollback(f"vm-status {plan.path}")
         # How the guest stands that was put back, as the end of a sentence.
         self._stands = ""
@@ -101,7 +101,8 @@ class OutgoingHandover:
     def _new_migration(self) -> outgoing.OutgoingMigration:
         plan = self._plan
         downtime = FIRST_PAUSE if plan.downtime is None else plan.downtime
-        mark = {"uri": plan.target.uri, "move": self._move, **({"log": os.path.abspath(plan.log)} if plan.log else {})}
+        mark = {"uri": plan.target.uri, "move": self._move, "secret": self._secret}
+        mark |= {"log": os.path.abspath(plan.log)} if plan.log else {}
         on = ("return-path", *plan.on, *(("postcopy-ram",) if plan.postcopy else ()))
         return outgoing.OutgoingMigration(
             plan.path, rate=plan.rate, downtime=downtime, on=on, mark=mark, live_anyway=plan.live_anyway
@@ -116,7 +117,8 @@ class OutgoingHandover:
         hold_signals()
         peer = Peer(self._transport)
         near = NearMonitor(self._plan.path)
-        of = Handover(self._plan, self._transport, self._report, self._move, peer, migration, near, self._undo)
+        which = self._move, self._secret
+        of = Handover(self._plan, self._transport, self._report, *which, peer, migration, near, self._undo)
         self._undo.add(LINK, lambda: leave(of))
         release_signals()
         return of
@@ -134,7 +136,8 @@ class OutgoingHandover:
         }
 
     def _agree(self, facts: dict[str, Any]) -> None:
-        for finding in Accepted.of(self._of.peer.ask("move", **self._hello(facts))).findings:
+        accepted = self._of.peer.ask("move", secret=self._secret, **self._hello(facts))
+        for finding in Accepted.of(accepted).findings:
             if finding.level == "error":
                 raise Misfit(finding.text, finding.hint)
             self._report.warning(finding.text)

@@ -95,7 +95,7 @@ def _settle(of: Handover, error: Exception) -> str:
     last: Exception = error
     for _ in Deadline(of.plan.handover).tries(0.5):
         try:
-            return recover.go(of.transport, of.move)
+            return recover.go(of.transport, of.move, of.secret)
         except InDoubt as found:
             last = found
             break

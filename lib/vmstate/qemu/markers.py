@@ -94,24 +94,28 @@ def stay(monitor: Monitor) -> None:
 
 def keep(monitor: Monitor, move: str | None) -> None:
     """The guest of this move stays where it is; whoever asks later is to know that it is the same one."""
+    found = read(monitor)
     clear(monitor)
     if move is not None:
-        decide(monitor, KEPT, move)
+        decide(monitor, KEPT, move, _secret(found, move))
 
 
 def forget(monitor: Monitor, move: str) -> None:
     """Nobody will ask for the guest of this move, which has stayed here."""
-    if read(monitor).get(DECIDED) == {"move": move, "what": KEPT}:
+    found = read(monitor)
+    if decision(found) == KEPT and found[DECIDED].get("move") == move:
         remove(monitor, DECIDED)
 
 
-def decide(monitor: Monitor, what: str, move: str) -> str:
+def decide(monitor: Monitor, what: str, move: str, secret: str | None = None) -> str:
     """Decide the move, once and for all; what was decided, by this or by another command.
+
+    secret: of the move, where no other marker has it.
 
     QEMU takes no second object of one name, so that it happens once also where there are several monitors.
     """
     try:
-        put(monitor, DECIDED, move=move, what=what)
+        put(monitor, DECIDED, move=move, what=what, **({"secret": secret} if secret else {}))
     except Refused:
         return decision(read(monitor)) or what
     return what
@@ -120,6 +124,12 @@ def decide(monitor: Monitor, what: str, move: str) -> str:
 def held(found: Marks) -> bool:
     """It is loaded, and may not run before its source has let it go."""
     return TAKEN in found and ARRIVED not in found
+
+
+def _secret(found: Marks, move: str) -> str | None:
+    """The secret of the move that has left from here; whoever has the monitor may know it."""
+    secrets = [found[name].get("secret") for name in (MOVED, DECIDED) if found.get(name, {}).get("move") == move]
+    return next((secret for secret in secrets if isinstance(secret, str)), None)
 
 
 def decision(found: Marks) -> str:

@@ -12,13 +12,17 @@ from typing import Any
 
 from qmp_server import QmpServer
 from vmstate.io.descriptors import channel
+from vmstate.migrate import link as protocol
 from vmstate.migrate.link import Link
+from vmstate.migrate.proof import Talk
 from vmstate.migrate.uri import Transport
 from vmstate.stream import constants
 
 from unit.qemu.fake_qemu import FakeQemu
 
 MOVE = "0123456789abcdef"
+# That of the move, and another one.
+SECRET, GUESS = "5ec7e7" + "0" * 58, "bad" + "0" * 61
 SHUT = constants.SHUT.pack(constants.MIG_RP_MSG_SHUT, 4, 0)
 # The command has another name than ssh, which would be asked for its ciphers.
 TRANSPORT = Transport("ssh://there/b.qmp", words=("carrier",), host="there", remote="x")
@@ -106,6 +110,26 @@ class OtherSide:
         for end in (self._down, self._up):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def asks(there: Link, purpose: str, secret: str = SECRET) -> Talk:
+    """Ask for the guest of the move, as one who has this secret."""
+    talk = Talk.about(purpose, MOVE, secret)
+    there.send(protocol.HELLO, version=1, purpose=purpose, move=MOVE, nonce=talk.asker)
+    if frame := there.receive():
+        talk.asked = frame.values["nonce"]
+        there.send(protocol.PROOF, proof=talk.prove("ask"))
+    return talk
+
+
+def is_asked(there: Link, secret: str = SECRET) -> Talk:
+    """Be asked for it, as one who has this secret."""
+    frame = there.receive()
+    values = frame.values if frame else {}
+    talk = Talk(values["purpose"], values["move"], secret, values["nonce"], "0" * 64)
+    there.send(protocol.CHALLENGE, nonce=talk.asked)
+    hear(there, protocol.PROOF)
+    return talk
 
 
 def hear(link: Link, *kinds: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -22,13 +23,14 @@ from vmstate.io.descriptors import channel
 from vmstate.migrate import link, recover
 from vmstate.migrate.direct import MigratePlan, MigrationTarget
 from vmstate.migrate.link import Link
+from vmstate.migrate.proof import Talk, Unknown
 from vmstate.migrate.reception import ReceivePlan
 from vmstate.migrate.server import Receive
 from vmstate.migrate.source import OutgoingHandover
 from vmstate.qemu import markers
 from vmstate.report import Report
 
-from unit.migrate.both_sides import MOVE, TRANSPORT, LoadingQemu, Script, SendingQemu, hear
+from unit.migrate.both_sides import MOVE, SECRET, TRANSPORT, LoadingQemu, Script, SendingQemu, asks, hear, is_asked
 from unit.migrate.test_messages import HELLO, JSON, WHOLE
 
 REPORT = Report("test", quiet=True)
@@ -43,7 +45,7 @@ def spoilt(right: dict[str, Any], *more: str) -> st.SearchStrategy[dict[str, Any
     return wrong.map(lambda values: {**right, **values}) | st.dictionaries(st.text(), JSON)
 
 
-ACCEPT = {"guest": "b.qmp", "findings": [], "state": "loaded", "move": MOVE, "run": "paused"}
+ACCEPT = {"guest": "b.qmp", "findings": []}
 REFUSE = {"status": 4, "message": "no", "hints": []}
 RUNNING = {"state": "running"}
 
@@ -155,18 +157,33 @@ def test_what_comes_behind_go(moves: None, others: Others, values: dict[str, Any
 
 
 @few
-@given(spoilt(ACCEPT), spoilt(RUNNING))
+@given(spoilt({"nonce": "0" * 64}), spoilt({"state": "loaded", "run": "paused"}, "proof"), spoilt(RUNNING, "proof"))
 def test_what_it_says_when_it_is_asked_anew(
-    moves: None, others: Others, answer: dict[str, Any], running: dict[str, Any]
+    moves: None,
+    others: Others,
+    challenge: dict[str, Any],
+    answer: dict[str, Any],
+    running: dict[str, Any],
 ) -> None:
+    secrets = []
+
     def again(there: Link) -> None:
-        hear(there, link.HELLO)
-        there.send(link.ACCEPT, **answer)
+        frame = there.receive()
+        asked = frame.values if frame else {}
+        there.send(link.CHALLENGE, **challenge)
+        hear(there, link.PROOF)
+        talk = Talk(asked["purpose"], asked["move"], secrets[0], asked["nonce"], str(challenge.get("nonce")))
+        right = {"proof": talk.prove("accept", str(answer.get("state")), str(answer.get("run")))}
+        there.send(link.ACCEPT, **{**right, **answer})
         if hear(there, link.GO):
-            there.send(link.RUNNING, **running)
+            there.send(link.RUNNING, **{"proof": talk.prove("running", str(running.get("state"))), **running})
 
     def first(there: Link) -> None:
-        loads(there)
+        hello = there.receive()
+        secrets.append(hello.values["secret"] if hello else "")
+        there.send(link.ACCEPT, findings=[])
+        hear(there, link.DATA)
+        there.send(link.LOADED, bytes=9)
         hear(there, link.GO)
 
     found, qemu = move(others, first, again)
@@ -188,16 +205,16 @@ def test_a_refusal(moves: None, others: Others, values: dict[str, Any], late: bo
 
 
 @few
-@given(spoilt({"state": "granted", "guest": "a.qmp", "host": "h"}))
+@given(spoilt({"state": "granted", "run": ""}, "proof"))
 def test_what_a_source_says_that_is_asked_for_its_guest(moves: None, others: Others, values: dict[str, Any]) -> None:
     def other(there: Link) -> None:
-        hear(there, link.HELLO)
-        there.send(link.ACCEPT, **values)
+        talk = is_asked(there)
+        right = talk.prove("accept", str(values.get("state")), str(values.get("run") or ""))
+        there.send(link.ACCEPT, **{"proof": right, **values})
 
     others(other)
     qemu = LoadingQemu()
-    qemu.run, qemu.migration = "paused", "completed"
-    qemu.objects[markers.TAKEN] = f'{{"move": "{MOVE}", "run": true, "host": "h", "path": "/a"}}'
+    holds(qemu)
     with served(qemu) as path:
         try:
             assert recover.recover(path, TRANSPORT)["state"] == "running"
@@ -206,6 +223,13 @@ def test_what_a_source_says_that_is_asked_for_its_guest(moves: None, others: Oth
 
 
 # at the receiver
+
+
+def holds(qemu: LoadingQemu) -> None:
+    """It has loaded the guest of the move."""
+    qemu.run, qemu.migration = "paused", "completed"
+    facts = {"move": MOVE, "secret": SECRET, "run": True, "host": "h", "path": "/a"}
+    qemu.objects[markers.TAKEN] = json.dumps(facts)
 
 
 def receive(qemu: LoadingQemu, source: Script) -> BaseException | None:
@@ -281,24 +305,23 @@ def test_a_go(moves: None, values: dict[str, Any], kind: int) -> None:
 
 
 @few
-@given(spoilt({"move": MOVE}))
+@given(spoilt({"move": MOVE}, "proof"))
 def test_a_go_to_one_that_is_settled(moves: None, values: dict[str, Any]) -> None:
     def source(there: Link) -> None:
-        there.send(link.HELLO, version=1, purpose="settle", move=MOVE)
+        talk = asks(there, "settle")
         hear(there, link.ACCEPT)
-        there.send(link.GO, **values)
+        there.send(link.GO, **{"proof": talk.prove("go"), **values})
         hear(there, link.RUNNING)
 
     qemu = LoadingQemu()
-    qemu.run, qemu.migration = "paused", "completed"
-    qemu.objects[markers.TAKEN] = f'{{"move": "{MOVE}", "run": true}}'
+    holds(qemu)
     found = receive(qemu, source)
     if found is None:
         assert qemu.run == "running"
         return
     assert isinstance(found, VmstateError), repr(found)
     assert qemu.run == "paused"
-    assert found.status == 5 or "is not the one of this move" in str(found)
+    assert found.status == 5 or isinstance(found, Unknown)
 
 
 @pytest.mark.parametrize("kind", [link.GO, link.CANCEL])

@@ -13,11 +13,13 @@ from vmstate.errors import CannotDo, Damaged, InDoubt, Misfit, VmstateError
 from vmstate.migrate import link, messages
 from vmstate.migrate.finding import Finding
 from vmstate.migrate.link import LinkFrame
-from vmstate.migrate.messages import Accepted, Go, Grant, Hello, Loaded, Running, Stand
+from vmstate.migrate.messages import Accepted, Challenge, Go, Hello, Loaded, Proof, Running, Stand
 from vmstate.migrate.preflight import compare
+from vmstate.migrate.proof import Unknown
 
 MOVE = "0123456789abcdef"
-HELLO = {"version": 1, "purpose": "move", "move": MOVE}
+SECRET = "5ec7e7" + "0" * 58
+HELLO = {"version": 1, "purpose": "move", "move": MOVE, "secret": SECRET}
 WHOLE = {
     "facts": {"kvm": False},
     "run": False,
@@ -31,11 +33,12 @@ WHOLE = {
 FRAMES: dict[str, tuple[Callable[[LinkFrame], Any], dict[str, Any], type[VmstateError]]] = {
     "hello": (Hello.of, {**HELLO, **WHOLE}, Damaged),
     "accept": (Accepted.of, {"findings": [{"level": "error", "text": "t", "hint": "h"}]}, CannotDo),
-    "stand": (Stand.of, {"state": "loaded", "move": MOVE, "run": "paused"}, CannotDo),
-    "grant": (Grant.of, {"state": "granted", "guest": "/p", "host": "h"}, CannotDo),
+    "stand": (Stand.of, {"state": "loaded", "run": "paused", "proof": SECRET}, CannotDo),
+    "challenge": (Challenge.of, {"nonce": SECRET}, CannotDo),
+    "proof": (Proof.of, {"proof": SECRET}, Damaged),
     "loaded": (Loaded.of, {"bytes": 5}, CannotDo),
-    "go": (Go.of, {"move": MOVE}, InDoubt),
-    "running": (Running.of, {"state": "running"}, InDoubt),
+    "go": (Go.of, {"move": MOVE, "proof": SECRET}, InDoubt),
+    "running": (Running.of, {"state": "running", "proof": SECRET}, InDoubt),
 }
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -50,9 +53,11 @@ def frame(values: dict[str, Any]) -> LinkFrame:
 
 def test_a_hello_and_its_defaults() -> None:
     hello = Hello.of(frame({**HELLO, **WHOLE}))
-    assert hello == ("move", MOVE, {"kvm": False}, False, ["gzip"], False, True, True, ("h", "/p"))
-    assert Hello.of(frame(HELLO)) == ("move", MOVE, {}, True, [], True, False, False, ("", ""))
-    assert Hello.of(frame({"version": 1, "purpose": "settle"})).move == ""
+    assert hello == ("move", MOVE, {"kvm": False}, False, ["gzip"], False, True, True, ("h", "/p"), SECRET, "")
+    assert Hello.of(frame(HELLO)) == ("move", MOVE, {}, True, [], True, False, False, ("", ""), SECRET, "")
+    asks = Hello.of(frame({**HELLO, "purpose": "settle", "nonce": SECRET[::-1]}))
+    assert (asks.secret, asks.nonce) == ("", SECRET[::-1]), "to ask, the secret itself is not told"
+    assert Hello.of(frame({"version": 1, "purpose": "settle"}))[1::9] == ("", "")
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -74,6 +79,19 @@ def test_what_is_for_one_move_names_it(purpose: str) -> None:
         Hello.of(frame({"version": 1, "purpose": purpose}))
 
 
+@pytest.mark.parametrize("secret", [SECRET.upper(), SECRET + "\n", SECRET[2:], [SECRET], int(SECRET, 16)])
+def test_a_secret_is_in_no_error(secret: Any) -> None:
+    with pytest.raises(Damaged, match="the source's hello: field 'secret': expected a text like ") as found:
+        Hello.of(frame({**HELLO, "secret": secret}))
+    assert "5ec7e7" not in str(found.value).lower()
+    assert str(int(SECRET, 16))[:20] not in str(found.value)
+
+
+def test_a_move_has_a_secret() -> None:
+    with pytest.raises(Damaged, match="field 'secret': expected a value, found none"):
+        Hello.of(frame({"version": 1, "purpose": "move", "move": MOVE}))
+
+
 def test_what_has_no_known_level_is_an_error() -> None:
     found = Accepted.of(frame({"findings": [{"level": "disaster", "text": "x"}, {"level": "warning"}]})).findings
     assert found == [Finding("error", "x"), Finding("warning", "")]
@@ -92,9 +110,9 @@ def test_a_finding_cannot_command_a_terminal() -> None:
     assert (found.text, found.hint) == ("\\x1b[2J", "\\ud800")
 
 
-def test_a_guest_that_has_not_moved() -> None:
-    assert Stand.of(frame({"state": "waiting", "move": None, "run": "inmigrate", "facts": {}})).move == ""
-    assert Stand.of(frame({"state": "gone"})) == ("gone", "", "")
+def test_a_guest_that_has_no_run_state() -> None:
+    assert Stand.of(frame({"state": "granted", "run": "", "proof": SECRET})).run == ""
+    assert Stand.of(frame({"state": "granted", "proof": SECRET})).run == ""
 
 
 @pytest.mark.parametrize("family", [CannotDo, Damaged, Misfit, InDoubt])
@@ -108,6 +126,12 @@ def test_a_refusal_travels(family: type[VmstateError]) -> None:
 def test_one_without_a_word() -> None:
     assert str(messages.refused(frame({}))) == "the other side: it gave no reason"
     assert messages.refused(frame({"status": 77})).status == 1
+
+
+def test_who_is_not_known_is_told_as_that() -> None:
+    there = messages.refused(frame(json.loads(json.dumps(messages.refusal(Unknown())))))
+    assert (type(there), there.status) == (Unknown, 1)
+    assert str(there) == f"the other side: {Unknown()}"
 
 
 @pytest.mark.parametrize(
@@ -134,13 +158,14 @@ def test_one_without_a_word() -> None:
         ("accept", "findings", [{"text": 5}]),
         ("accept", "findings", [{"hint": "x" * 65537}]),
         ("stand", "state", "Loaded"),
-        ("stand", "move", "x"),
         ("stand", "run", "r" * 33),
-        ("grant", "state", None),
-        ("grant", "guest", []),
-        ("grant", "host", "x" * 256),
+        ("stand", "proof", None),
+        ("challenge", "nonce", SECRET[1:]),
+        ("proof", "proof", SECRET.upper()),
         ("loaded", "bytes", -1),
         ("go", "move", None),
+        ("go", "proof", []),
+        ("running", "proof", 1),
         ("running", "state", "\x1b"),
     ],
 )

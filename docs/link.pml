@@ -7,6 +7,8 @@
  * goes through every order of events: each of the five processes may be killed once at any moment, the link may end at
  * any moment and lose what was under way (never a piece out of the middle), `--recover` runs on both sides, as often as
  * it likes and itself killed between any two steps, and a time-out, a signal or damage is a command that just gives up.
+ * At any moment either guest may be reset, or shut itself down where it runs, and a stranger, who has not the secret of
+ * the migration, may open any conversation with either side, answer in the place of either, or send a guest of his own.
  *
  * What must hold stands as assertions where it could break:
  *   1  the guest never runs on both QEMUs, nor from a copy older than what it has done since: source_runs, guest_runs
@@ -14,6 +16,7 @@
  *      `vm-cont --force` is needed only where a QEMU was killed; no command ends the last whole copy: `rest`, ends_copy
  *   3  before SHUT nothing but the death of its QEMU keeps the guest from running on at the source: `rest`
  *   4  status 0 means it runs over there, status 1 that it runs here, unless that QEMU was killed then: source_ends
+ *   5  a stranger hears nothing of the guest: `stranger`
  * A process that stands still for ever is an invalid end state, which spin reports by itself.
  *
  * Each name in an #ifdef is a mistake: with -DNAME for spin an assertion must fail (tests/unit/migrate/test_link_model.py), and
@@ -22,8 +25,8 @@
 
 mtype = { hello, accept, refuse, data, all_sent, loaded, go, running, cancel };    /* frames; all_sent: `end` */
 mtype = { Here, Sending, Undecided, Given, Granted };                              /* the source QEMU */
-mtype = { Waiting, Loading, Loaded, Running };                                     /* the destination QEMU */
-mtype = { Gone, Unasked };                                                         /* either; and not known */
+mtype = { Waiting, Loading, Loaded, Running, Foreign };      /* the destination QEMU; Foreign: a guest of a stranger */
+mtype = { Gone, Unasked, Refused };                          /* either; not known; what is told to a stranger */
 
 chan there = [4] of { mtype };
 chan back = [3] of { mtype };
@@ -36,6 +39,7 @@ bool fed;                        /* all data are in the socket of the destinatio
 bool receiver_closed;            /* the receiver's end of that socket is closed */
 bool taken;                      /* the mark in the destination QEMU */
 bool arrived;                    /* the same */
+bool reset_here, reset_there;    /* a guest that does not run was reset: its run state is `prelaunch` */
 bool busy;                       /* the source talks to the monitor of the source QEMU: nobody else does */
 bool cut;                        /* the link has ended */
 bool kill_source, kill_receiver; /* kill -9 is under way */
@@ -46,6 +50,7 @@ bool quiet;                      /* no more crashes, and nobody begins to settle
 /* What only the observer knows. */
 bool again;                      /* the guest ran on at the source after it was sent: a copy of it is old */
 bool ran;                        /* it has run at the destination */
+bool over;                       /* it has shut down */
 bool source_killed, destination_killed;
 
 #define source_may_run (source == Here || source == Sending)
@@ -53,6 +58,18 @@ bool source_killed, destination_killed;
 #define link_over(c) (cut && empty(c))
 /* To hello(settle): the mark is believed. */
 #define answer (destination == Loaded && arrived -> Running : destination)
+
+/* What is told to one who has shown the secret, or has not. */
+#ifndef SETTLE_TO_ANYBODY
+#define told_there(shown) (shown -> answer : Refused)
+#else
+#define told_there(shown) answer
+#endif
+#ifndef GRANT_TO_ANYBODY
+#define told_here(shown) (shown -> source : Refused)
+#else
+#define told_here(shown) source
+#endif
 
 inline send(c, frame) {
     atomic {
@@ -97,8 +114,10 @@ inline end_link() {
 /* It runs at the source (again). */
 inline source_runs() {
     assert(destination != Running);
+    assert(!ran && !over);
     source = Here;
-    again = true
+    again = true;
+    reset_here = false
 }
 
 /* It runs at the destination.  Inside of an atomic. */
@@ -106,8 +125,10 @@ inline guest_runs() {
     assert(destination == Loaded || destination == Loading);
     assert(source == Granted || source == Gone);
     assert(!again);
+    assert(!over);
     destination = Running;
-    ran = true
+    ran = true;
+    reset_there = false
 }
 
 /* A command ends the destination QEMU, or its user as advised: never with the last whole copy in it. */
@@ -151,7 +172,7 @@ inline grant() {
 inline source_ends(status) {
     atomic {
         assert(status != 0 || ran);
-        assert(status != 1 || source_may_run || source_killed)
+        assert(status != 1 || source_may_run || source_killed || over)
     }
 }
 
@@ -276,7 +297,7 @@ granted:
         :: link_over(back)
         :: skip                                     /* for too long nothing was heard */
         fi;
-        do                                          /* settle, over a new link */
+        do                                          /* settle, over a new link; what a stranger answers is no proof */
         :: answer == Loaded -> let_it_run(done);
             if
             :: done -> source_ends(0); goto ends
@@ -284,6 +305,9 @@ granted:
             :: !done
             fi
         :: answer == Running -> source_ends(0); goto ends
+#ifdef BELIEVES_WHO_HAS_IT
+        :: source_ends(0); goto ends                /* a stranger says that it runs */
+#endif
         :: goto ends                                /* status 5 */
         od;
 
@@ -328,7 +352,7 @@ active proctype vm_restore() {
         fi;
         atomic {
             if
-            :: destination == Waiting ->            /* marked and held before the first byte */
+            :: destination == Waiting ->            /* claimed; marked and held before the first byte */
                 destination = Loading;
 #ifndef LATE_MARK
                 taken = true;
@@ -356,7 +380,9 @@ active proctype vm_restore() {
         :: destination == Gone -> goto ends
         :: goto broken
         fi;
+#ifdef LATE_MARK
         taken = true;
+#endif
         send(back, loaded);
         if
         :: there ? go
@@ -410,8 +436,8 @@ end:
     do
     :: atomic { !quiet && (source == Given || source == Granted) -> settles_here = true; other = Unasked };
         if
-        :: other = answer                           /* to hello(settle) */
-        :: skip                                     /* no URI, or not reached */
+        :: other = told_there(true)                 /* to hello(settle) */
+        :: skip                                     /* no URI, or not reached, or a stranger answers */
         fi;
         if
 #ifndef TORN_TAKE_BACK
@@ -423,6 +449,9 @@ end:
         :: atomic { nobody_talks && source == Given && other == Loaded -> grant() };
             let_it_run(done)
         :: source == Granted && other == Loaded -> let_it_run(done)
+#ifdef TAKES_BACK_ENDED
+        :: atomic { nobody_talks && source == Granted && other == Gone -> source_runs() }
+#endif
 #ifdef TAKES_BACK_GRANTED
         :: atomic { nobody_talks && source == Granted && other == Unasked -> source_runs() }
 #endif
@@ -445,9 +474,15 @@ end:
                 :: source == Given -> grant()
                 :: source != Given
                 fi;
-                other = source
+                other = told_here(true);
+#ifdef RESET_IS_HERE
+                other = (reset_here -> Here : other)
+#endif
             }
-        :: skip                                     /* not reached, or the answer is lost */
+#ifdef BELIEVES_WHO_GRANTS
+        :: other = Granted                          /* a stranger says so */
+#endif
+        :: skip                                     /* not reached, the answer is lost, or a stranger gives it */
         fi;
         if
         :: other == Granted -> let_it_run(done)
@@ -469,6 +504,34 @@ end:
     od
 }
 
+/* Somebody without the secret.  What he asks is answered by `vm-restore --receive` on either side. */
+active proctype stranger() {
+    mtype heard = Refused;
+    bool done;
+end:
+    do
+    /* hello(settle), and go without the answer to it */
+    :: atomic { !quiet -> heard = told_there(false); assert(heard == Refused) }
+#ifdef GO_FROM_ANYBODY
+    :: !quiet -> let_it_run(done); done = false
+#endif
+    /* hello(grant) */
+    :: atomic { !quiet && nobody_talks -> heard = told_here(false); assert(heard == Refused) }
+    /* hello(move), or a vm-restore of anybody: the first one has claimed the QEMU, the second leaves it as it is */
+    :: atomic { !quiet && destination == Waiting -> destination = Foreign }
+    :: atomic { !quiet && destination == Loading ->
+#ifndef SECOND_RESTORE_WIPES
+        skip
+#else
+        taken = false
+#endif
+    }
+#ifdef CANCEL_OF_ANYBODY
+    :: atomic { !quiet && destination == Loaded -> ends_copy() }
+#endif
+    od
+}
+
 /* Every crash, once each, and what a user may type meanwhile. */
 active proctype world() {
     mtype frame;
@@ -485,6 +548,18 @@ active proctype world() {
     /* vm-cont --force, of one who knows; without the mark a plain vm-cont does it as well, of anyone */
     :: atomic { source == Granted && destination == Gone && !ran -> source_runs() }
     :: atomic { destination == Loaded && (!taken || (source == Gone && !again)) -> guest_runs() }
+    /* the guest shuts down, and its QEMU ends */
+    :: atomic { source_may_run -> source = Gone; over = true }
+    :: atomic { destination == Running -> destination = Gone; over = true }
+    /* system_reset; the marks count in any run state */
+    :: atomic { source == Given || source == Granted -> reset_here = true }
+    :: atomic { destination == Loaded -> reset_there = true }
+#ifdef RESET_FREES_SOURCE
+    :: atomic { reset_here && (source == Given || source == Granted) -> source_runs() }
+#endif
+#ifdef RESET_FREES_DESTINATION
+    :: atomic { reset_there && destination == Loaded -> guest_runs() }
+#endif
     :: atomic { quiet = true; shot_source = false; shot_receiver = false; break }
     od
 }
@@ -495,7 +570,7 @@ active proctype rest() {
     atomic {
         quiet && source_ended && receiver_ended && !settles_here && !settles_there &&
             source != Sending && source != Undecided && destination != Loading;
-        assert(shut || source_may_run || source_killed);                                    /* property 3 */
+        assert(shut || source_may_run || source_killed || over);                            /* property 3 */
 
         /* On either side alone.  On the destination's it takes a guest that was loaded. */
         if
@@ -517,6 +592,7 @@ active proctype rest() {
         fi;
         /* One runs, or the QEMU was killed that alone had the guest as it was then. */
         assert((source == Here) != (destination == Running) ||
+            (over && source != Here && destination != Running) ||
             (source == Gone && source_killed && (destination != Loaded || again)) ||
             (source == Granted && destination == Gone && destination_killed && ran))
     }

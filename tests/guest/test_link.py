@@ -11,6 +11,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, Done, Guests, shell
@@ -22,6 +23,9 @@ from guest.test_migrate import MIB, migrating
 
 LINK_FAULT = Path(__file__).with_name("link_fault.py")
 RECEIVER = "vm-restore --receive b.qmp"
+
+
+HELLO = {"version": 1, "purpose": "move", "move": "0123456789abcdef", "secret": "0" * 64}
 
 
 def link(command: str = RECEIVER) -> str:
@@ -358,8 +362,10 @@ def test_a_receiver_that_speaks_in_riddles(guests: Guests, work: Path) -> None:
     [
         '{"version": 1, "purpose": "move"}',
         '{"version": 1, "purpose": "move", "move": 5}',
-        '{"version": 1, "purpose": "move", "move": "0123456789abcdef", "through": ["; touch x"]}',
-        '{"version": 1, "purpose": "move", "move": "0123456789abcdef", "through": 7}',
+        '{"version": 1, "purpose": "move", "move": "0123456789abcdef"}',
+        '{"version": 1, "purpose": "move", "move": "0123456789abcdef", "secret": "5"}',
+        json.dumps({**HELLO, "through": ["; touch x"]}),
+        json.dumps({**HELLO, "through": 7}),
         '{"version": 1, "purpose": "grant", "move": ["x"]}',
         '{"version": 1, "purpose": "resume", "move": "0123456789abcdef"}',
         '{"version": 2}',
@@ -548,7 +554,7 @@ def test_the_destination_asks(guests: Guests, work: Path) -> None:
     assert "vm-migrate --recover --force b.qmp" in done.err
     done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive no.qmp'", work)
     assert done.status == 5, "a wrong path looks like a source that is gone"
-    assert "no.qmp on " in done.err
+    assert "what was asked knows nothing of it" in done.err
     assert there.status() == "paused"
     assert shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work).status == 0
     assert (source.status(), there.running()) == ("postmigrate", True)
@@ -560,7 +566,7 @@ def test_the_destination_asks_for_one_that_is_gone(guests: Guests, work: Path) -
     source.end()
     done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work)
     assert done.status == 5
-    assert "is no QEMU any more" in done.err
+    assert "what was asked knows nothing of it" in done.err
     assert there.status() == "paused"
     assert "only if it has not gone on at its source: vm-migrate --recover --force b.qmp" in done.err
     assert shell("vm-migrate --recover --force b.qmp", work).status == 0
@@ -654,6 +660,151 @@ def test_bytes_that_are_no_link(guests: Guests, work: Path) -> None:
     assert os.path.exists(there.qmp)
 
 
+# A stranger: a key that may send a guest, and has not sent this one
+
+
+def mark(guest: Guest, name: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(guest.cmd("qom-get", path=f"/objects/vmstate-{name}", property="data"))
+    return values
+
+
+def stranger(work: Path, name: str, **hello: Any) -> tuple[int, list[protocol.LinkFrame], str]:
+    """Whatever is asked, it is followed by all that might count for something; status, answers and words."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        ["vm-restore", "-v", "--receive", f"{name}.qmp"], cwd=work, stdin=pipe, stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        there = protocol.Link(process.stdout.fileno(), process.stdin.fileno())
+        with contextlib.suppress(OSError):
+            there.send(protocol.HELLO, **{"version": 1, **hello})
+            if hello.get("nonce"):
+                there.send(protocol.PROOF, proof="0" * 64)
+            there.send(protocol.GO, move=hello.get("move") or "0" * 16, proof="0" * 64)
+            there.send(protocol.CANCEL)
+        process.stdin.close()
+        frames = list(iter(there.receive, None))
+        return process.wait(30), frames, process.stderr.read().decode()
+
+
+def refused(work: Path, name: str, known: dict[str, Any], **hello: Any) -> None:
+    """A stranger is, and hears nothing.  known: the marker of the guest that he asks for."""
+    for more in ({}, {"nonce": "0" * 64}, {"nonce": "0" * 64, "secret": "0" * 64}):
+        status, frames, err = stranger(work, name, **{**more, **hello})
+        # A move is refused for what the QEMU is, the others for want of the secret.
+        said = [frame.kind for frame in frames]
+        assert (status, said[-1]) == (1, protocol.REFUSE), (status, said, err)
+        assert set(said[:-1]) <= {protocol.CHALLENGE}
+        words = json.dumps([frame.values for frame in frames]) + err
+        if hello["purpose"] != "move":
+            assert "no guest of this migration is here, or its secret was not shown" in words
+            assert name + ".qmp" not in words
+        for fact in ("move", "secret", "path", "uri"):
+            assert not known.get(fact) or known[fact] not in words
+
+
+@pytest.mark.parametrize("deed", ["stall", "pause"])
+def test_a_stranger_has_no_held_guest_run(guests: Guests, work: Path, deed: str) -> None:
+    """What the receiver has to say is slow to come: meanwhile its guest is loaded, and no other's."""
+    source, there = guests.running(), guests.waiting()
+    uri = gated("L", "before", deed, *(("12",) if deed == "pause" else ()))
+    command = ["vm-migrate", "--timeout-handover", "25" if deed == "pause" else "12", *FEW_ROUNDS, "a.qmp", uri]
+    with subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, start_new_session=True) as moving:
+        until(lambda: (source.status(), there.status()) == ("finish-migrate", "paused"), 30, "it is held")
+        known = mark(there, "taken")
+        for move in (None, known["move"]):
+            refused(work, "b", known, purpose="settle", **({"move": move} if move else {}))
+        assert (source.status(), there.status()) == ("finish-migrate", "paused")
+        _, err = moving.communicate(timeout=60)
+    if deed == "stall":
+        assert moving.returncode == 1, err
+        as_it_was(source)
+        assert there.status() == "paused"
+    else:
+        assert moving.returncode == 0, err
+        went_on(source.counts()[-1], there)
+        assert source.status() == "postmigrate"
+        # Nor is he told later where it is.
+        refused(work, "b", known, purpose="settle", move=known["move"])
+        refused(work, "a", mark(source, "moved"), purpose="grant", move=known["move"])
+
+
+def test_a_stranger_has_no_guest_granted_or_ended(guests: Guests, work: Path) -> None:
+    """He may call both sides, and answer in the place of either."""
+    source, there = guests.running(), guests.waiting()
+    status, words, _ = outcome_of(work, gated("L", "before", "cut"), source, there)
+    assert status == 1, words
+    kept, taken = mark(source, "decided"), mark(there, "taken")
+    assert kept["secret"] == taken["secret"]
+    refused(work, "a", kept, purpose="grant", move=kept["move"])
+    refused(work, "b", taken, purpose="move", move=taken["move"], secret="0" * 64)
+    assert (source.running(), there.status()) == (True, "paused")
+
+    say = f"import sys; sys.path.insert(0, {str(ROOT / 'lib')!r}); from vmstate.migrate import link\n"
+    say += "there = link.Link(0, 1); there.receive(); there.send(link.CHALLENGE, nonce='0' * 64)\n"
+    say += "proof = there.receive().values['proof']\n"
+    say += "there.send(link.ACCEPT, state=sys.argv[1], run='', proof=proof); there.receive()"
+    (work / "impostor").write_text(say)
+    for state in ("granted", "here"):
+        done = shell(f"vm-migrate -v --recover b.qmp 'link:{sys.executable} impostor {state}'", work)
+        assert done.status == 5, done.err
+        assert "what answers has not the secret of this migration" in done.err
+        assert "of no use" not in done.err
+        assert taken["secret"] not in done.err + done.text
+        assert (source.running(), there.status()) == (True, "paused")
+    done = shell("vm-migrate --recover b.qmp 'link:vm-restore --receive a.qmp'", work)
+    assert (done.status, "this copy is of no use" in done.err) == (5, True), done.err
+
+
+def test_a_marker_of_an_older_version(guests: Guests, work: Path) -> None:
+    """It has no secret, so nobody is asked: who has not granted the guest takes it back, and else a person decides."""
+    source, there = given_away(guests, work)
+    for guest, name in ((source, "moved"), (there, "taken")):
+        values = mark(guest, name)
+        del values["secret"]
+        guest.cmd("object-del", id=f"vmstate-{name}")
+        guest.cmd("object-add", **{"qom-type": "secret", "id": f"vmstate-{name}", "data": json.dumps(values)})
+    for words in ("a.qmp 'link:vm-restore --receive b.qmp'", "b.qmp 'link:vm-restore --receive a.qmp'"):
+        done = shell(f"vm-migrate --recover {words}", work)
+        assert done.status == 5
+        assert "its migration was begun by an older vmstate, which drew no secret for it" in done.err
+    assert (source.status(), there.status()) == ("postmigrate", "paused")
+    source.cmd("object-del", id="vmstate-decided")
+    assert shell("vm-migrate --recover a.qmp 'link:vm-restore --receive b.qmp'", work).status == 0
+    assert (source.running(), there.status()) == (True, "paused")
+
+
+def test_its_secret_is_said_nowhere(guests: Guests, work: Path) -> None:
+    """In no status, log, argument, environment or file, before and after."""
+    source, there = guests.running(), guests.waiting()
+    said = []
+    with migrating(work, source, link(RECEIVER.replace("--receive", "-v --receive")), "-v", "--speed", "20m") as moving:
+        secret = mark(source, "moved")["secret"]
+        said += [shell(f"vm-status {words} a.qmp", work).text for words in ("", "--json", "-v")]
+        for entry in Path("/proc").iterdir():
+            for name in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    said.append((entry / name).read_text(errors="replace"))
+        moving.terminate()
+        _, err = moving.communicate(timeout=30)
+    as_it_was(source)
+    there.wait_gone() if there.alive() and there.status() != "inmigrate" else there.end()
+    there = guests.waiting("c")
+    done = move(work, link("vm-restore -v --receive c.qmp"), "-v", "-d", "--log", f"{work}/log")
+    until(lambda: "on the other side" in (work / "log").read_text(), 60, "it is there")
+    secrets = secret, mark(source, "moved")["secret"]
+    assert mark(there, "arrived")["secret"] == secrets[1] != secret
+    said += [str(err), done.text, done.err]
+    for name in ("a", "c"):
+        said += [shell(f"vm-status {words} {name}.qmp", work).text for words in ("", "--json", "-v")]
+        done = shell(f"vm-cont -v {name}.qmp; vm-dump -v {name}.qmp > state.{name}; vm-cancel -v {name}.qmp", work)
+        said += [done.text, done.err]
+    said += [path.read_text(errors="replace") for path in work.iterdir() if path.is_file()]
+    for one in secrets:
+        assert re.fullmatch("[0-9a-f]{64}", one)
+        assert not [text for text in said if one in text]
+
+
 # Postcopy: a guest that dirties its memory faster than the wire
 
 
@@ -742,6 +893,9 @@ def test_the_link_is_lost_in_postcopy(guests: Guests, work: Path, deed: str) -> 
     said = (work / "words").read_text()
     assert status in (5, -signal.SIGKILL), said
     until(lambda: source.cmd("query-migrate")["status"] == "postcopy-paused", 20, "it notices")
+    # Who has not sent it takes up nothing.
+    refused(work, "b", mark(there, "arrived"), purpose="resume", move=mark(source, "moved")["move"])
+    assert source.cmd("query-migrate")["status"] == "postcopy-paused"
     text = shell("vm-status a.qmp", work).text
     assert "the link was lost" in text, text
     (command,) = re.findall(r"^next: (vm-migrate --recover .*)$", text, re.M)

@@ -7,8 +7,8 @@
  * goes through every order of events: each of the five processes may be killed once at any moment, the link may end at
  * any moment and lose what was under way (never a piece out of the middle), `--recover` runs on both sides, as often as
  * it likes and itself killed between any two steps, and a time-out, a signal or damage is a command that just gives up.
- * At any moment either guest may be reset, or shut itself down where it runs, and a stranger, who has not the secret of
- * the migration, may open any conversation with either side, answer in the place of either, or send a guest of his own.
+ * At any moment either guest may be reset, or shut itself down where it runs, and a stranger without the secret of
+ * the migration may open any conversation with either side, answer in the place of either, or send a guest of his own.
  *
  * What must hold stands as assertions where it could break:
  *   1  the guest never runs on both QEMUs, nor from a copy older than what it has done since: source_runs, guest_runs

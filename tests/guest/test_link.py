@@ -697,7 +697,7 @@ def refused(work: Path, name: str, known: dict[str, Any], **hello: Any) -> None:
         assert set(said[:-1]) <= {protocol.CHALLENGE}
         words = json.dumps([frame.values for frame in frames]) + err
         if hello["purpose"] != "move":
-            assert "no guest of this migration is here, or its secret was not shown" in words
+            assert "no guest of this migration is here, or its secret was not proven" in words
             assert name + ".qmp" not in words
         for fact in ("move", "secret", "path", "uri"):
             assert not known.get(fact) or known[fact] not in words
@@ -748,7 +748,7 @@ def test_a_stranger_has_no_guest_granted_or_ended(guests: Guests, work: Path) ->
     for state in ("granted", "here"):
         done = shell(f"vm-migrate -v --recover b.qmp 'link:{sys.executable} impostor {state}'", work)
         assert done.status == 5, done.err
-        assert "what answers has not the secret of this migration" in done.err
+        assert "the peer that answered does not have the secret of this migration" in done.err
         assert "of no use" not in done.err
         assert taken["secret"] not in done.err + done.text
         assert (source.running(), there.status()) == (True, "paused")

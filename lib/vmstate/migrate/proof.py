@@ -22,14 +22,13 @@ MARKERS = {
     "resume": (markers.ARRIVED, markers.TAKEN),
     "grant": (markers.MOVED, markers.DECIDED),
 }
-OLD = "its migration was begun by an older vmstate, which drew no secret for it"
-HINT = "recover it with the vmstate that began it, on both sides"
+OLD = "its migration was begun by an older vmstate, which drew no secret for it; recover it with that version"
 
 
 class Unknown(CannotDo):
     """Here is no guest of this migration, or whoever asked has not shown its secret: which of them is not told."""
 
-    def __init__(self, message: str = "no guest of this migration is here, or its secret was not shown") -> None:
+    def __init__(self, message: str = "no guest of this migration is here, or its secret was not proven") -> None:
         super().__init__(message)
 
 
@@ -53,7 +52,7 @@ class Talk:
     def about(cls, purpose: str, move: str, secret: object) -> "Talk":
         """To ask the other side; `secret` is what our marker has."""
         if not _is_secret(secret):
-            raise CannotDo(f"the other side cannot be asked for the guest: {OLD}", HINT)
+            raise CannotDo(f"cannot ask the other side for the guest: {OLD}")
         return cls(purpose, move, str(secret), draw())
 
     @classmethod
@@ -63,7 +62,7 @@ class Talk:
             if name in found and move and found[name].get("move") == move:
                 secret = found[name].get("secret")
                 if not _is_secret(secret):
-                    raise CannotDo(f"the guest is not spoken of: {OLD}", HINT)
+                    raise CannotDo(f"cannot answer for the guest: {OLD}")
                 return cls(purpose, move, str(secret), asker, asked)
         raise Unknown
 

@@ -31,7 +31,7 @@ def go(transport: Transport, move: str, secret: object) -> str:
         peer.tell(link.GO, move=move, proof=talk.prove("go"))
         running = messages.Running.of(peer.expect(link.RUNNING, link.ANSWERS))
         if not talk.proves(running.proof, "running", running.state):
-            raise InDoubt("what says that the guest runs has not the secret of its migration")
+            raise InDoubt("the peer that says that the guest runs does not have the secret of its migration")
         return running.state
     except Unknown as error:
         raise InDoubt(f"the guest of this move is not there: {error}") from error

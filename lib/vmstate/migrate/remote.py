@@ -53,7 +53,7 @@ class Peer:
         self.tell(PROOF, proof=talk.prove("ask"))
         there = messages.Stand.of(self.expect(ACCEPT, ANSWERS))
         if not talk.proves(there.proof, "accept", there.state, there.run):
-            raise CannotDo("what answers has not the secret of this migration", "does the URI lead to its other side?")
+            raise CannotDo("the peer that answered does not have the secret of this migration: is it the right URI?")
         return there
 
     def tell(self, kind: int, **values: Any) -> None:

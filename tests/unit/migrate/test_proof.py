@@ -20,6 +20,7 @@ from vmstate.migrate.source import OutgoingHandover
 from vmstate.qemu import markers, status
 from vmstate.qemu.markers import ARRIVED, DECIDED, GRANTED, KEPT, MOVED, TAKEN
 from vmstate.qemu.monitor import Monitor
+from vmstate.qemu.state import GuestState
 from vmstate.report import Report
 
 from unit.migrate import test_hostile_peer
@@ -492,7 +493,7 @@ def test_it_is_in_no_status(run: str, migration: str, mark: str, decided: str | 
             with_words = [markers.recover_command(path, marks), markers.resume_command(path, marks)]
             assert SECRET not in json.dumps(with_words)
             try:
-                markers.refuse(marks, run, migration == "completed", path)
+                markers.refuse(marks, GuestState(run, migration), path)
             except InDoubt as error:
                 assert SECRET not in f"{error} {error.hints}"
 

@@ -359,11 +359,31 @@ def test_the_guest_dies(guests: Guests, work: Path) -> None:
         source.end()
         _, err = dump.communicate(timeout=30)
         assert dump.returncode == 1
-        assert b"QEMU gave up" in err
+        assert err.count(b"\n") == 1
+        assert b"the QEMU of the guest at a.qmp has ended: the guest has shut down" in err
     finally:
         dump.kill()
         dump.wait(10)
     assert not Path(work, "s").exists()
+
+
+BROKEN = '[inject-error]\nevent = "flush_to_disk"\nerrno = "5"\n'
+
+
+@pytest.mark.parametrize("options", ["-o s", "--to 'cat > s'"])
+def test_qemu_gives_up_after_the_last_page(guests: Guests, work: Path, disk: Path, options: str) -> None:
+    """It cannot flush the disk; QEMU 7.2 leaves its channel open then."""
+    (work / "broken").write_text(BROKEN)
+    source = guests.start("a", disk=Path(f"blkdebug:{work}/broken:{disk}"))
+    source.wait_count(2)
+    started = time.monotonic()
+    done = shell(f"vm-dump -q {options} a.qmp", work)
+    assert time.monotonic() - started < 20
+    assert done.status == 1, done.err
+    assert "QEMU gave up after " in done.err
+    # Its disk is as bad as before.
+    source.wait_count(source.count() + 2)
+    assert not (work / "s").exists() or "--to" in options
 
 
 def test_a_paused_guest_stays_paused_when_the_last_byte_is_lost(guests: Guests, work: Path) -> None:

@@ -16,6 +16,7 @@ from ..io.output import Output
 from ..io.pipeline import ShellPipeline
 from ..progress import Progress
 from ..qemu import control, outgoing, settings, state
+from ..qemu.channel import QemuChannel
 from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Busy
 from ..report import Report, size_words
@@ -81,7 +82,8 @@ class Dump:
             self._migration.watchdog = self._guard.pid
             live = settings.ON == self.CAPABILITIES
             ended = self._run_on if live and plan.after == "running" else None
-            self._outgoing = Outgoing(self._ours, self._sink.fd, closing=not live, ended=ended)
+            channel_of_qemu = QemuChannel(plan.path, self._ours, self._may_ask)
+            self._outgoing = Outgoing(channel_of_qemu, self._sink.fd, closing=not live, ended=ended)
         except BaseException:
             self._let_go_of_the_sink()
             raise
@@ -135,6 +137,10 @@ class Dump:
         with contextlib.suppress(Busy, Refused):
             self._migration.run_on(self._tell)
         return self._told
+
+    def _may_ask(self) -> bool:
+        """Whether the status of QEMU's migration is that of ours by now."""
+        return True
 
     def _tell(self) -> None:
         self._outgoing.answer(0)
@@ -251,7 +257,7 @@ class Dump:
             return error if isinstance(error, VmstateError) else CannotDo(text)
         if guest_state.migration == "cancelled":
             text = "the migration was cancelled"
-        elif text.startswith("QEMU gave up") and guest_state.reason:
+        elif text.startswith("QEMU gave up") and guest_state.reason not in text:
             text += f": {guest_state.reason}"
         hints = error.hints if isinstance(error, VmstateError) else ()
         return CannotDo(f"{text}; the guest {words_of(guest_state.run)}", *hints)

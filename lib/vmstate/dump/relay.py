@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from ..errors import CannotDo, Damaged
 from ..io.descriptors import kind, splice, write_all
+from ..qemu.channel import QemuChannel
 from ..stream import constants
 from ..stream.reader import StateReader
 from ..stream.records import Command, Devices
@@ -32,8 +33,9 @@ class Peeked:
     MOST = 32 << 10
     SO_PEEK_OFF = 42
 
-    def __init__(self, qemu: socket.socket, sink: int) -> None:
-        self._qemu = qemu
+    def __init__(self, channel: QemuChannel, sink: int) -> None:
+        self._channel = channel
+        self._qemu = qemu = channel.end
         self._sink = sink
         self._stay = kind(sink) == "pipe"
         # Bytes that were looked at: those that are still in the socket, and older ones that have been taken
@@ -46,20 +48,21 @@ class Peeked:
         if self._waiting > self.MOST:
             self._take_waiting()
             self._stay = False
+        flags = socket.MSG_PEEK if self._stay else 0
+        while True:
+            try:
+                count = self._qemu.recv_into(view, 0, flags | socket.MSG_DONTWAIT)
+                break
+            except BlockingIOError:
+                if self._stay:
+                    self._take_waiting()
+                if not self._channel.wait():
+                    return 0
         if self._stay:
-            count = self._peek(view)
             self._waiting += count
         else:
-            count = self._qemu.recv_into(view)
             self._taken += count
         return count
-
-    def _peek(self, view: memoryview) -> int:
-        try:
-            return self._qemu.recv_into(view, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            self._take_waiting()
-            return self._qemu.recv_into(view, 0, socket.MSG_PEEK)
 
     def quiet(self) -> bool:
         """Nothing has come, nor its end, that has not been looked at."""
@@ -117,7 +120,7 @@ def answer(qemu: socket.socket, status: int) -> None:
 
 
 class Outgoing:
-    """QEMU's socket to a sink, as the plain stream.  `sent` counts the bytes that have left.
+    """QEMU's channel to a sink, as the plain stream.  `sent` counts the bytes that have left.
 
     whole: the commands that ask for a return path stay.  closing: QEMU closes its end when it has sent all, for it has
     no return path.  ended: called once all has come, with the device sections, before they are judged; whether it has
@@ -126,18 +129,18 @@ class Outgoing:
 
     def __init__(
         self,
-        qemu: socket.socket,
+        channel: QemuChannel,
         sink: int,
         *,
         whole: bool = False,
         closing: bool = False,
         ended: Callable[[Devices], bool] | None = None,
     ) -> None:
-        self._qemu = qemu
+        self._channel = channel
         self._ended = ended
         self._closing = closing
         self._whole = whole
-        self._peeked = Peeked(qemu, sink)
+        self._peeked = Peeked(channel, sink)
         self._reader = StateReader(self, self._pass)
         self._came = 0
         self._cuts: list[tuple[int, int]] = []
@@ -170,14 +173,14 @@ class Outgoing:
 
     def answer(self, status: int) -> None:
         """As the function `answer`."""
-        answer(self._qemu, status)
+        answer(self._channel.end, status)
 
     def readinto(self, view: memoryview, /) -> int:
         # What has been judged leaves first: it is still in QEMU's socket.
         self._reader.window.flush()
         count = self._peeked.readinto(view)
         if not count:
-            raise CannotDo(f"QEMU gave up after {self._came} bytes" if self._came else "QEMU gave up at once")
+            raise self._channel.gave_up(self._came)
         self._came += count
         return count
 

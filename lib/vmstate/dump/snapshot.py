@@ -92,6 +92,10 @@ class Snapshot(Dump):
         ours = self._ours.fileno()
         return ours, lambda: drain(self._plan.path, ours)
 
+    def _may_ask(self) -> bool:
+        # Before it has begun there is the status of the migration before it.
+        return self._talk is not None and not self._talk.is_alive()
+
     def _failed(self, error: BaseException) -> BaseException:
         no_more_signals()
         if self._talk:

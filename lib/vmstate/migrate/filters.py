@@ -5,7 +5,6 @@ The source names the filters; the receiver runs none but those of its own table,
 
 import os
 import shlex
-import socket
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from ..dump.relay import Outgoing
 from ..errors import CannotDo, WrongUsage
 from ..io.descriptors import BLOCK, memory
 from ..io.pipeline import ShellPipeline
+from ..qemu.channel import QemuChannel
 from . import link
 from .messages import FILTERS
 
@@ -118,9 +118,9 @@ class Filter:
 class FilteredStream:
     """QEMU's stream, as it is, through such a pipeline.  `sent` counts the bytes that have gone into it."""
 
-    def __init__(self, command: str, qemu: socket.socket, peer: "Peer") -> None:
+    def __init__(self, command: str, channel: QemuChannel, peer: "Peer") -> None:
         self._filter = Filter(command, peer)
-        self._outgoing = Outgoing(qemu, self._filter.fd, whole=True)
+        self._outgoing = Outgoing(channel, self._filter.fd, whole=True)
 
     @property
     def sent(self) -> int:

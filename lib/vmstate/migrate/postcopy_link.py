@@ -6,13 +6,13 @@ passes in both directions from then on, and QEMU ends by itself.
 
 import contextlib
 import os
-import select
 import socket
 
 from ..dump import relay
-from ..errors import CannotDo, InDoubt, VmstateError
+from ..errors import CannotDo, GuestGone, InDoubt, VmstateError
 from ..io.descriptors import BLOCK, channel, memory
 from ..qemu import claim, control, markers, outgoing, state
+from ..qemu.channel import QemuChannel, ended
 from ..qemu.monitor import Monitor
 from . import decision, link, messages
 from .link import ANSWERS, LinkFrame
@@ -27,9 +27,10 @@ NOTICES = 20.0
 class PostcopyBridge:
     """`sent` counts the bytes that have left."""
 
-    def __init__(self, path: str, qemu: socket.socket, peer: Peer) -> None:
+    def __init__(self, path: str, channel: QemuChannel, peer: Peer) -> None:
         self._path = path
-        self._qemu = qemu
+        self._channel = channel
+        self._qemu = channel.end
         self._peer = peer
         self._wake, self._waker = os.pipe()
         self._loaded = False
@@ -40,11 +41,11 @@ class PostcopyBridge:
     def run(self) -> str:
         """'loaded' where the receiver has all of it and waits, 'over' where the guest has crossed over and is whole."""
         buffer = memory(BLOCK)
-        poll = select.poll()
-        poll.register(self._qemu, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
         while not self._loaded:
-            if self._wake in {fd for fd, _ in poll.poll()}:
+            ready = self._channel.wait(self._wake)
+            if not ready:
+                return self._ended()
+            if self._wake in ready:
                 os.read(self._wake, 1)
                 if self._peer.lost:
                     raise self._peer.gone()
@@ -71,12 +72,15 @@ class PostcopyBridge:
         return guest_state.given_away or guest_state.migration.startswith("postcopy-a")
 
     def _ended(self) -> str:
-        guest_state = state.wait_for(
-            self._path, lambda s: s.migration not in ("active", "device"), 10, "to end the move"
-        )
+        try:
+            guest_state = state.wait_for(
+                self._path, lambda s: s.migration not in ("active", "device"), 10, "to end the move"
+            )
+        except GuestGone as gone:
+            raise ended(self._path) from gone
         if guest_state.given_away or guest_state.migration.startswith("postcopy-a"):
             return "over"
-        raise CannotDo(f"QEMU gave up: {guest_state.reason}" if guest_state.reason else "QEMU gave up")
+        raise self._channel.gave_up(self.sent)
 
     def answer(self, status: int) -> None:
         """As `relay.answer`."""
@@ -116,7 +120,8 @@ def resume(path: str, transport: Transport, talk: Talk) -> str:
     ours, theirs = channel()
     try:
         peer.ask_about(talk)
-        bridge = PostcopyBridge(path, ours, peer)
+        # It is in postcopy from the start.
+        bridge = PostcopyBridge(path, QemuChannel(path, ours, lambda: False), peer)
         with Monitor(path) as monitor:
             monitor.send_fd(outgoing.NAME, theirs.fileno())
             monitor.ask("migrate", uri=f"fd:{outgoing.NAME}", resume=True)

@@ -11,6 +11,7 @@ from ..errors import VmstateError
 from ..io.descriptors import channel
 from ..progress import Progress
 from ..qemu import markers
+from ..qemu.channel import QemuChannel
 from ..qemu.migration_progress import sample
 from ..qemu.monitor import Monitor
 from ..signals import hold_signals, release_signals
@@ -28,15 +29,16 @@ class Sending:
     def __init__(self, of: Handover) -> None:
         self._of = of
         self._qemu, self._theirs = channel(link.ROOM)
+        self._channel = QemuChannel(of.plan.path, self._qemu)
         of.peer.heard = self._hear
         self.way: FilteredStream | PostcopyBridge
         if of.plan.through:
             hold_signals()
-            self.way = FilteredStream(of.plan.through, self._qemu, of.peer)
+            self.way = FilteredStream(of.plan.through, self._channel, of.peer)
             of.undo.add("the filter", self.way.end)
             release_signals()
         else:
-            self.way = PostcopyBridge(of.plan.path, self._qemu, of.peer)
+            self.way = PostcopyBridge(of.plan.path, self._channel, of.peer)
 
     def start(self) -> None:
         """QEMU sends from now on."""
@@ -87,6 +89,7 @@ class Sending:
     def _switch(self) -> None:
         """In another thread: have QEMU go over to postcopy, which it does unless it is done before."""
         of = self._of
+        self._channel.stop_asking()
         of.peer.tell(link.SWITCH)
         with Monitor(of.plan.path) as monitor:
             # Before, since behind it nobody may take it back.

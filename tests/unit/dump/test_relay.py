@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 from vmstate.dump.relay import Outgoing
+from vmstate.errors import CannotDo
+from vmstate.qemu.channel import QemuChannel
 
+from unit.qemu.fake_qemu import FakeQemu
 from unit.streams import state
 
 
@@ -39,7 +42,7 @@ def test_all_of_it_comes_through(name: str, sink: str, most: int, tmp_path: Path
         threads = [threading.Thread(target=work) for work in ([send, collect] if sink == "pipe" else [send])]
         for thread in threads:
             thread.start()
-        outgoing = Outgoing(ours, writing)
+        outgoing = Outgoing(QemuChannel("none.qmp", ours), writing)
         saved = outgoing.run()
         if sink == "pipe":
             os.close(writing)
@@ -50,3 +53,23 @@ def test_all_of_it_comes_through(name: str, sink: str, most: int, tmp_path: Path
     assert (outgoing.sent, saved.size) == (len(data), len(data))
     qemu.close()
     ours.close()
+
+
+@pytest.mark.parametrize("sink", ["pipe", "file"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_qemu_gives_up_and_leaves_its_channel_open(
+    qemu: FakeQemu, path: str, tmp_path: Path, sink: str, whole: bool
+) -> None:
+    """After some of the state, or after all of it but its end."""
+    data = state("pc-7.2")
+    qemu.migration = "failed"
+    theirs, ours = socket.socketpair()
+    with theirs, ours, (tmp_path / "out").open("wb") as file:
+        reading, writing = os.pipe() if sink == "pipe" else (-1, file.fileno())
+        threading.Thread(target=theirs.sendall, args=(data[:-1] if whole else data[:5000],), daemon=True).start()
+        if sink == "pipe":
+            threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(reading, 1 << 16), b"")]).start()
+        with pytest.raises(CannotDo, match="QEMU gave up after"):
+            Outgoing(QemuChannel(path, ours), writing).run()
+        if sink == "pipe":
+            os.close(writing)

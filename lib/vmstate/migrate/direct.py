@@ -14,6 +14,7 @@ from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError, WrongU
 from ..io.descriptors import kind
 from ..progress import Progress, Sample
 from ..qemu import control, outgoing, sendable, state
+from ..qemu.channel import ended
 from ..qemu.migration_progress import sample_of, words_of
 from ..qemu.state import GuestState
 from ..report import Report
@@ -178,6 +179,9 @@ class Move:
         path, trouble = self._plan.path, self._undo.undo()
         for _, found in trouble:
             if isinstance(found, GuestGone):
+                if self._guest_state and self._guest_state.run in state.RUNS:
+                    # It was not in its last step: the other QEMU cannot have all of it.
+                    return ended(path)
                 return InDoubt(f"{found}, while its guest was moved", "look whether it arrived: vm-status there")
         if trouble and _is_moved(path):
             why = "a signal came" if isinstance(error, Stopped) else str(error)

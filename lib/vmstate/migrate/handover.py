@@ -5,7 +5,7 @@ Source: docs/link.md, "A move".
 
 from enum import Enum
 
-from ..errors import VmstateError
+from ..errors import GuestGone, VmstateError
 from ..phases import Phases
 from ..qemu import markers
 from ..qemu.outgoing import OutgoingMigration
@@ -68,6 +68,12 @@ class Handover:
     def midway(self) -> bool:
         """In the midst of the data there is nothing else to say; the end of the link says the same."""
         return self.phases.now is Phase.SENDING and self.migration.begun
+
+    @property
+    def gone(self) -> bool:
+        """Its QEMU has ended before the other side could have the guest whole: there is nothing to be put back."""
+        gone = all(isinstance(error, GuestGone) for _, error in self.undo.trouble)
+        return bool(self.undo.trouble) and gone and self.phases.now in (Phase.ASKING, Phase.SENDING)
 
     def recover_words(self) -> str:
         return markers.recover_command(self.plan.path, {markers.MOVED: {"uri": self.plan.target.uri}})

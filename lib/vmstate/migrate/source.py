@@ -12,6 +12,7 @@ from typing import Any
 from ..dump.watchdog import Guard
 from ..errors import CannotDo, Damaged, GuestGone, InDoubt, Misfit, Stopped, VmstateError
 from ..qemu import control, outgoing, sendable, settings
+from ..qemu.channel import ended
 from ..qemu.migration_progress import words_of
 from ..qemu.monitor import Monitor
 from ..qemu.state import GuestState, query, query_once, with_retry
@@ -167,7 +168,7 @@ class OutgoingHandover:
         self._undo.undo(until=LINK)
         error = self._reason_for(error)
         if self._undo.undo():
-            return self._undo.in_doubt(error)
+            return self._gone() or self._undo.in_doubt(error)
         if isinstance(error, VmstateError):
             error.args = (f"{error}{self._stands}",)
         return error
@@ -194,6 +195,14 @@ class OutgoingHandover:
         why = "a signal came" if isinstance(error, Stopped) else self._reason_for(error)
         text = f"the guest runs on the other side, and the link to its pages is lost: {why}"
         return InDoubt(text, of.recover_words())
+
+    def _gone(self) -> GuestGone | None:
+        """The error where QEMU has ended with a guest that the other side does not have; None where it may have it."""
+        of = self._of
+        said = of.peer.refusal()
+        if not of.gone or (of.migration.begun and (said is None or isinstance(said, InDoubt))):
+            return None
+        return ended(self._plan.path)
 
     def _reason_for(self, error: BaseException) -> BaseException:
         """What came first: a limit of ours, the other side's refusal, the end of the link."""

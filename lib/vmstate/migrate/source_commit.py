@@ -107,9 +107,10 @@ def _settle(of: Handover, error: Exception) -> str:
 
 def leave(of: Handover) -> None:
     """Say cancel, but only where the guest is known to be back: the other side may have the only whole one."""
-    if GUEST in [step for step, _ in of.undo.trouble]:
+    trouble = [found.error for found in of.undo.trouble if found.step == GUEST]
+    if trouble and not of.gone:
         return of.peer.cut()
-    if not of.midway:
+    if not of.midway and not trouble:
         with contextlib.suppress(VmstateError):
             of.peer.tell(link.CANCEL)
     of.peer.leave()

@@ -192,3 +192,33 @@ def test_a_direct_move(sending: SendingQemu, done: list[str], bad: str, error: E
     assert sending.migration == "cancelled"
     if not bad:
         assert (found.value.status, str(found.value).endswith("; the guest runs on")) == (1, True)
+
+
+# a guest that powers off
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_guest_powers_off(
+    sending: SendingQemu, others: Others, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """While it is sent there is nothing in doubt, unless the other side has all of it."""
+
+    def end(qemu: SendingQemu, channel: socket.socket) -> None:
+        with channel:
+            channel.sendall(qemu.data)
+            os.unlink(qemu.server.path)
+            channel.shutdown(socket.SHUT_RDWR)
+
+    monkeypatch.setattr(SendingQemu, "_send", end)
+
+    def other(there: Link) -> None:
+        accepts(there)
+        hear(there)
+        there.send(link.REFUSE, status=5 if held else 1, message="held" if held else "the link was lost", hints=[])
+
+    others(other)
+    found, _ = move(sending, None)
+    assert isinstance(found, VmstateError)
+    assert found.status == (5 if held else 1), found
+    assert "has ended: the guest has shut down" in str(found)
+    assert ("could not put back the guest" in str(found)) == held

@@ -51,12 +51,18 @@ class Progress:
         self._over.set()
         self._thread.join(10)
         if self._bar is not None:
-            self._bar.close()
+            # A terminal that has gone away changes nothing of what was done.
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
 
     def _ask(self, _number: int, _frame: object) -> None:
         self._asked = True
 
     def _work(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._show_now_and_then()
+
+    def _show_now_and_then(self) -> None:
         while not self._over.is_set():
             if self._over.wait(PERIOD):
                 return

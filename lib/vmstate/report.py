@@ -3,12 +3,16 @@
 Text goes to standard error as `NAME: error: ...`, `warning:`, `hint:`; lower case, no full stop, naming the object, the
 offset, what was expected and what was found.  Success is silent.  With `--json` every line is one object instead, with
 "vmstate": 1 (the version of these names) and "type".
+
+Words never fail: what cannot be written is lost.  Standard output has words as well, unless it has the answer of a
+command that does nothing else.
 """
 
 import json
 import sys
 from typing import Any, TextIO
 
+from . import stdio
 from .errors import VmstateError
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -16,10 +20,17 @@ SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class Report:
-    """The voice of one command run."""
+    """The voice of one command run.
 
-    def __init__(self, name: str, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+    answers: standard output has what the command is for, so that it must be written.  settled: see `settle`.
+    """
+
+    def __init__(
+        self, name: str, *, quiet: bool = False, verbose: bool = False, as_json: bool = False, answers: bool = False
+    ) -> None:
         self.name = name
+        self.answers = answers
+        self.settled = False
         self.quiet = quiet
         self.verbose = verbose
         self.as_json = as_json
@@ -48,10 +59,22 @@ class Report:
         if self.as_json:
             self.record("progress", sys.stderr, **values)
         else:
-            _print(f"{self.name}: {text}", sys.stderr)
+            self._print(f"{self.name}: {text}", sys.stderr)
+
+    def settle(self) -> None:
+        """A guest was let run, or given away: from here on nothing but a doubt about it changes the exit status."""
+        self.settled = True
+
+    def say(self, text: str) -> None:
+        """A line on standard output."""
+        self._print(text, sys.stdout)
+
+    def end_of_output(self) -> None:
+        """Whoever reads standard output is to see its end now."""
+        stdio.lose(1)
 
     def record(self, kind: str, stream: TextIO, **values: Any) -> None:
-        _print(json.dumps({"vmstate": 1, "type": kind, "command": self.name, **values}), stream)
+        self._print(json.dumps({"vmstate": 1, "type": kind, "command": self.name, **values}), stream)
 
     def _say(self, kind: str, text: str) -> None:
         if self.as_json:
@@ -60,21 +83,26 @@ class Report:
             self._line(kind, text)
 
     def _line(self, kind: str, text: str) -> None:
-        _print(f"{self.name}: {kind}: {printable(text)}", sys.stderr)
+        self._print(f"{self.name}: {kind}: {printable(text)}", sys.stderr)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        try:
+            # An answer is flushed as a whole.
+            print(text, file=stream, flush=not (self.answers and stream is sys.stdout))
+        except (OSError, ValueError) as error:
+            if stream is sys.stderr:
+                stdio.lose(2)
+            elif stream is sys.stdout and not self.answers:
+                stdio.lose(1)
+                why = error.strerror if isinstance(error, OSError) else str(error)
+                self.warning(f"all is done, but it could not be written to standard output: {why}")
+            else:
+                raise
 
 
 def printable(text: str) -> str:
     """Words that may come from a guest, a file or another host, such that they cannot command a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
-def _print(text: str, stream: TextIO) -> None:
-    try:
-        print(text, file=stream, flush=True)
-    except OSError:
-        # Words that nobody can read any more do not change what has become of a guest.
-        if stream is not sys.stderr:
-            raise
 
 
 def size_words(count: float) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Done, Guests, run
+from conftest import ROOT, Done, Guests, run, shell
 from unit.streams import state
 
 COMMANDS = sorted(path.name for path in (ROOT / "bin").glob("vm-*"))
@@ -300,11 +300,23 @@ def test_stop_and_cont(guests: Guests, work: Path) -> None:
 @pytest.mark.guest
 def test_an_answer_that_cannot_be_written(guests: Guests, work: Path) -> None:
     guests.start("a", kind="metal")
-    for command in (["vm-status"], ["vm-stop", "--json"], ["vm-cont", "--json"], ["vm-dump", "-n"]):
+    for command in (["vm-status"], ["vm-dump", "-n"]):
         with open("/dev/full", "wb") as full:
             done = run(*command, "a.qmp", cwd=work, stdout=full)
         assert done.status == 1
         assert "No space left on device" in done.err
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize("where", [">&-", "> /dev/full", "| true", "<&- >&- 2>&-", "> /dev/full 2>&1"])
+def test_a_deed_is_done_though_its_words_go_nowhere(guests: Guests, work: Path, where: str) -> None:
+    guest = guests.start("a", kind="metal")
+    for command, word in (("vm-stop", "paused"), ("vm-cont", "running")):
+        for option in ("", "-v", "--json"):
+            done = shell(f"{command} {option} a.qmp {where}", work)
+            assert (done.status, "error" in done.err) == (0, False), done.err
+            assert guest.status() == word
+    assert shell(f"vm-speed --json a.qmp 1g {where}", work).status == 0
 
 
 # Terminals

@@ -65,8 +65,9 @@ def _begun(writing: int) -> None:
 
 def _end_as(child: int, words: int, start: int) -> NoReturn:
     _, status = os.waitpid(child, 0)
-    sys.stderr.write(os.pread(words, 1 << 20, start).decode(errors="replace"))
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(os.pread(words, 1 << 20, start).decode(errors="replace"))
+        sys.stderr.flush()
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)

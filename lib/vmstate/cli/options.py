@@ -24,6 +24,16 @@ def progress_mode(options: Options) -> str:
     return "on" if options["--progress"] else "auto"
 
 
+def reads_input(options: Options) -> bool:
+    """Whether standard input is the FILE."""
+    return options["FILE"] in (None, "-")
+
+
+def writes_output(options: Options) -> bool:
+    """Whether standard output is the --output."""
+    return options["--output"] in (None, "-")
+
+
 def rate_option(options: Options) -> int | None:
     """--speed in bytes a second."""
     try:

@@ -14,58 +14,87 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .. import __version__
-from ..errors import CannotDo, Stopped, VmstateError, WrongUsage
+from .. import __version__, stdio
+from ..errors import CannotDo, Damaged, InDoubt, Stopped, VmstateError, WrongUsage
 from ..report import Report
 from ..signals import PUT_BACK, stop_on_signal
 from .options import Options, guest_path
 
 Main = Callable[[Options, Report], int | None]
+Which = Callable[[Options], bool]
 
 # Of these only writing can fail.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run(main: Main, usage: str, *, owns_guest: bool = False) -> NoReturn:
+def never(_options: Options) -> bool:
+    return False
+
+
+def run(main: Main, usage: str, *, owns_guest: bool = False, reads: Which = never, writes: Which = never) -> NoReturn:
     """Parse argv by `usage`, call `main`, exit with the truth.
 
-    A pure filter (not `owns_guest`) dies of SIGPIPE as gzip does.
+    A pure filter (not `owns_guest`) dies of SIGPIPE as gzip does.  reads, writes: whether standard input has data, and
+    standard output: a state, a message, or the answer of a command that does nothing else.
     """
     name = os.path.basename(sys.argv[0])
-    _need_standard_error()
-    _hear_signals(owns_guest)
+    stdio.open_closed()
+    _hear_signals()
     # What cannot be parsed is reported as asked for, too.
     report = Report(name, quiet=_asked("-q", "--quiet"), as_json=_asked("--json"))
     try:
         options = _parse(name, usage)
         report = Report(
-            name, quiet=options["--quiet"], verbose=options["--verbose"], as_json=bool(options.get("--json"))
+            name,
+            quiet=options["--quiet"],
+            verbose=options["--verbose"],
+            as_json=bool(options.get("--json")),
+            answers=writes(options),
         )
+        if reads(options):
+            stdio.require(0)
+        if report.answers:
+            stdio.require(1)
         status = main(options, report) or 0
-        _finish()
-    except VmstateError as error:
-        if not error.told:
-            report.error(error)
-        status = error.status
+        if report.answers:
+            sys.stdout.flush()
     except Stopped as stopped:
         _die_of(stopped.number)
-    except BrokenPipeError:
-        report.error(CannotDo("the reader of standard output went away"))
-        status = 1
-    except OSError as error:
-        report.error(CannotDo(_words(error)))
-        status = 1
+    except BrokenPipeError as error:
+        if not owns_guest:
+            _die_of(signal.SIGPIPE)
+        status = _status_of(error, report)
     except Exception as error:  # noqa: BLE001 - no traceback reaches a user, unless asked for
-        if os.environ.get("VM_DEBUG"):
-            raise
-        text = f"internal error: {type(error).__name__}: {error}"
-        report.error(CannotDo(text, "this is a bug of ours; VM_DEBUG=1 shows where it happened"))
-        status = 1
+        status = _status_of(error, report)
     _leave(status)
 
 
-def _hear_signals(owns_guest: bool) -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN if owns_guest else signal.SIG_DFL)
+def _status_of(error: Exception, report: Report) -> int:
+    """Say what has come out."""
+    found = error if isinstance(error, VmstateError) else _in_words(error)
+    # What became of a guest is known: damage that a lazy restore finds, or a doubt, is about it; all else is words.
+    if report.settled and not isinstance(error, Damaged | InDoubt):
+        report.warning(f"all is done, but {found}")
+        return 0
+    if not found.told:
+        report.error(found)
+    return found.status
+
+
+def _in_words(error: Exception) -> VmstateError:
+    if isinstance(error, BrokenPipeError):
+        return CannotDo("the reader of standard output went away")
+    if isinstance(error, OSError):
+        return CannotDo(_words(error))
+    if os.environ.get("VM_DEBUG"):
+        raise error
+    text = f"internal error: {type(error).__name__}: {error}"
+    return CannotDo(text, "this is a bug of ours; VM_DEBUG=1 shows where it happened")
+
+
+def _hear_signals() -> None:
+    # A pure filter that writes data dies of it nevertheless, but nobody dies of words.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     for number in PUT_BACK:
         # Who was started with a signal ignored (nohup) keeps it so.
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -85,15 +114,11 @@ def _parse(name: str, usage: str) -> Options:
             reason = _unknown(usage)
         said = f"wrong usage: {reason}" if reason else "wrong usage"
         raise WrongUsage(said, *(line.strip() for line in error.usage.split("\n")[1:]), f"{name} --help") from error
-
-
-def _need_standard_error() -> None:
-    """Closed (2>&-), its number would go to the next file that is opened, and get our words."""
-    if sys.stderr is None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        if null != 2:
-            os.dup2(null, 2)
-        sys.stderr = open(2, "w", closefd=False)
+    except SystemExit:
+        # It has printed the help, or the version.
+        stdio.require(1)
+        sys.stdout.flush()
+        _leave(0)
 
 
 def _own_words() -> list[str]:
@@ -122,11 +147,6 @@ def _die_of(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
-def _finish() -> None:
-    """Flushing standard output is part of the job and can fail."""
-    sys.stdout.flush()
-
-
 def _leave(status: int) -> NoReturn:
     if claim := sys.modules.get("vmstate.qemu.claim"):
         claim.release()
@@ -147,6 +167,7 @@ def change_run_state(options: Options, report: Report, change: Callable[[str], A
     """`vm-stop` and `vm-cont`: a verb on a guest, whose outcome is its run state."""
     path = guest_path(options)
     guest_state = change(path)
+    report.settle()
     if report.as_json:
         report.record("result", sys.stdout, status=0, guest=path, state=guest_state.run)
     report.note(f"the guest is '{guest_state.run}'")

@@ -109,6 +109,7 @@ class Dump:
                 self._tell()
         except BaseException as error:
             raise self._failed(error) from error
+        self._report.settle()
         return self._finish(state)
 
     def _finish(self, state: State) -> dict[str, Any]:

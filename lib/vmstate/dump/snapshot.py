@@ -78,6 +78,7 @@ class Snapshot(Dump):
             no_more_signals()
         except BaseException as error:
             raise self._failed(error) from error
+        self._report.settle()
         with contextlib.suppress(Refused):
             with_retry(self._plan.path, self._migration.saved.put_back)
         self._leave_guard()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+from .. import stdio
 from ..errors import CannotDo
 from ..io.readers import FdReader
 
@@ -37,6 +38,7 @@ class Passphrase:
 
     @classmethod
     def of_descriptor(cls, fd: int) -> "Passphrase":
+        stdio.require(fd)
         try:
             return cls(fd, f"descriptor {fd}")
         except OSError as error:

@@ -6,6 +6,7 @@ import os
 import select
 import stat
 
+from .. import stdio
 from ..errors import CannotDo, WrongUsage
 from .descriptors import enlarge, kind, unread
 
@@ -24,6 +25,8 @@ class Output:
         self.fd = default_fd
         if self._path is not None:
             self._create(self._path)
+        else:
+            stdio.require(self.fd)
         self.kind = kind(self.fd)
         if self.kind == "terminal" and not text:
             hint = "redirect it: > FILE, or | COMMAND"
@@ -32,6 +35,7 @@ class Output:
 
     def _create(self, path: str) -> None:
         if os.path.exists(path) and not os.path.isfile(path):
+            stdio.require_path(path)
             self.fd = os.open(path, os.O_WRONLY)
             return
         self._path = os.path.realpath(path)

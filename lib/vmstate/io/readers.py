@@ -5,6 +5,7 @@ import select
 from collections.abc import Iterator
 from typing import Protocol
 
+from .. import stdio
 from ..errors import CannotDo, Damaged, WrongUsage
 from .descriptors import BLOCK, enlarge, kind, memory, wait
 
@@ -75,11 +76,13 @@ def fill(source: Reader, view: memoryview) -> int:
 def open_input(path: str | None) -> int:
     """The descriptor of FILE, or of standard input (None or '-'); a terminal is refused."""
     if path in (None, "-"):
+        stdio.require(0)
         if kind(0) == "terminal":
             raise WrongUsage("standard input is a terminal, and a state is binary", "redirect it: < FILE, or COMMAND |")
         fd = 0
     else:
         assert path is not None
+        stdio.require_path(path)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

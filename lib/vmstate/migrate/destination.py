@@ -58,6 +58,7 @@ class IncomingMigration:
             state = finish_postcopy(of) if of.phases.now is Phase.CROSSED else commit(of, loading.bytes)
         except BaseException as error:
             raise self._broken_off(error) from error
+        of.report.settle()
         self._announce(state)
         self._set_clock(state)
         if of.process and of.process.added:

@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any, NamedTuple
 
+from .. import stdio
 from ..dump.live import Dump, DumpPlan, wakes_words
 from ..dump.watchdog import Guard
 from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError, WrongUsage
@@ -54,6 +55,7 @@ def target_of(uri: str) -> MigrationTarget:
 
 
 def _descriptor(uri: str, fd: int) -> MigrationTarget:
+    stdio.require(fd)
     try:
         return MigrationTarget(uri, fd, answers=kind(fd) == "socket")
     except OSError as error:
@@ -133,6 +135,7 @@ class Move:
         except BaseException as error:
             raise self._broken_off(error) from error
         no_more_signals()
+        self._report.settle()
         path = self._plan.path
         try:
             after = self._migration.completed()

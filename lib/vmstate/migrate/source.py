@@ -95,7 +95,9 @@ class OutgoingHandover:
                 of.phases.go(Phase.LOADED)
         except BaseException as error:
             raise self._broken_off(error) from error
-        return self._outcome(state if crossed else decide(of))
+        state = state if crossed else decide(of)
+        self._report.settle()
+        return self._outcome(state)
 
     # before
 

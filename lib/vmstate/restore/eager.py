@@ -211,6 +211,7 @@ class Restore:
             text = f"the state is loaded, but its guest {row.words}: the guest at {waiting.path} cannot run on"
             raise InDoubt(text, row.hint)
         state = waiting.settle(run)
+        self._report.settle()
         nics = nics_of(waiting, self._report) if run else []
         if self._process and self._process.added:
             self._report.hint(f"the guest's monitor is {waiting.path}")

@@ -1,6 +1,8 @@
 """vm-dump on a running guest: what it writes, what becomes of the guest, what it says."""
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Guests, run, shell
-from vm import until
+from vm import Guest, until
 
 from guest.judge import as_it_was, went_on
 
@@ -135,7 +137,7 @@ def test_estimate_sends_nothing(guests: Guests, work: Path) -> None:
 
 def test_json_is_one_object_a_line_on_stderr(guests: Guests, work: Path) -> None:
     guests.running()
-    done = shell("vm-dump --json --progress --speed 40m a.qmp > s", work)
+    done = shell("vm-dump --json --progress --speed 30m a.qmp > s", work)
     assert done.status == 0
     objects = [json.loads(line) for line in done.err.splitlines()]
     assert {o["vmstate"] for o in objects} == {1}
@@ -213,3 +215,58 @@ def test_status_beside_a_running_dump(guests: Guests, work: Path) -> None:
         dump.wait(10)
     as_it_was(source)
     assert not Path(work, "s").exists()
+
+
+BUSY = {"kind": "metal", "mem": 80, "append": "dirty=4000"}
+
+
+@pytest.fixture
+def busy(guests: Guests) -> Guest:
+    """It writes its memory faster than it is sent."""
+    guest = guests.start("a", **BUSY)
+    guest.wait_count(1)
+    return guest
+
+
+def test_one_that_does_not_converge_is_paused_for_the_rest(busy: Guest, guests: Guests, work: Path) -> None:
+    done = shell("vm-dump -q --speed 30m -o s a.qmp", work)
+    assert done.status == 0, done.err
+    assert done.err.count("\n") == 1
+    assert "warning: the guest is paused while " in done.err
+    assert busy.cmd("query-migrate-parameters")["downtime-limit"] == 300
+    assert busy.standing()
+    # As after any live dump, the state says that it ran.
+    there = guests.waiting("b", **BUSY)
+    assert shell("vm-restore -q b.qmp < s", work).status == 0
+    there.wait_status("running")
+
+
+@pytest.mark.parametrize("options", ["--max-rounds 2 -o s", "--timeout 3 -o s", "--timeout 3 --to 'cat > t'"])
+def test_limits(busy: Guest, work: Path, options: str) -> None:
+    done = shell(f"vm-dump -q --speed 30m {options} a.qmp", work)
+    assert done.status == 1
+    assert done.err.count("\n") == 1
+    assert "the dump " in done.err
+    assert "; the guest runs on\n" in done.err
+    assert not (work / "s").exists()
+    busy.wait_count(busy.count() + 2)
+    assert busy.cmd("query-migrate-parameters")["downtime-limit"] == 300
+
+
+@pytest.mark.parametrize("options", ["", "--stop", "--snapshot", "--after running"])
+@pytest.mark.parametrize("sink", ["| sleep 60", "--to 'sleep 60'"])
+def test_a_sink_that_takes_nothing(guests: Guests, work: Path, options: str, sink: str) -> None:
+    """Stuck in a write; the last bytes wait in the pipe."""
+    source = guests.start("a", kind="metal")
+    started = time.monotonic()
+    words = f"vm-dump -q --timeout 2 {options}"
+    line = f"{words} {sink} a.qmp" if sink.startswith("--") else f"({words} a.qmp; echo $? > status) {sink}"
+    with subprocess.Popen(["bash", "-c", line], cwd=work, start_new_session=True) as process:
+        try:
+            until(lambda: (work / "status").exists() or process.poll() is not None, 30, "it ends")
+            assert time.monotonic() - started < 15
+            assert (process.returncode or int((work / "status").read_text())) == 1
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert source.status() == "running"

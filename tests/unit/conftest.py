@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from qmp_server import QmpServer
-from vmstate.signals import PUT_BACK, _Held
+from vmstate.signals import INTERRUPT, PUT_BACK, _Held
 
 from unit.qemu.fake_qemu import FakeQemu
 
@@ -14,9 +14,9 @@ from unit.qemu.fake_qemu import FakeQemu
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
     """A job that undoes what it did has signals be ignored from then on, or held."""
-    had = {number: signal.getsignal(number) for number in PUT_BACK}
+    had = {number: signal.getsignal(number) for number in (*PUT_BACK, INTERRUPT)}
     yield
-    _Held.held, _Held.waiting = False, None
+    _Held.held, _Held.waiting, _Held.reason = False, None, None
     for number, handler in had.items():
         signal.signal(number, handler)
 

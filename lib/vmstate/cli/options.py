@@ -42,6 +42,14 @@ def rate_option(options: Options) -> int | None:
         raise WrongUsage(f"--speed: {error}") from error
 
 
+def whole_number(options: Options, name: str) -> int | None:
+    """A number above 0."""
+    text = options[name]
+    if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 11 and 0 < int(text) < 1 << 31):
+        raise WrongUsage(f"{name}: expected a whole number above 0, found '{text}'")
+    return None if text is None else int(text)
+
+
 def downtime_option(options: Options) -> int | None:
     """--downtime in ms."""
     text = options["--downtime"]

@@ -17,6 +17,7 @@ from ..io.pipeline import ShellPipeline
 from ..progress import Progress
 from ..qemu import control, outgoing, settings, state
 from ..qemu.channel import QemuChannel
+from ..qemu.limits import Limits
 from ..qemu.migration_progress import sample, words_of
 from ..qemu.monitor import Busy
 from ..report import Report, size_words
@@ -25,6 +26,7 @@ from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream.description import claimed_runstate
 from ..stream.records import Devices
 from ..stream.validate import State
+from .pacing import Pace
 from .relay import Outgoing
 from .watchdog import Drain, Guard
 
@@ -36,7 +38,8 @@ class DumpPlan(NamedTuple):
     """What to do: `rate` in bytes a second (None: as it is), `downtime` in ms, `to` a shell pipeline, `out` a file.
 
     disks: they are to belong to it, as of the same instant, in which the guest stands.  live_anyway: do not pause the
-    guest first where a live migration may lose pages.
+    guest first where a live migration may lose pages.  limits: then it is cancelled; without any, a guest that writes
+    as fast as it is sent is paused for the rest.
     """
 
     path: str
@@ -48,6 +51,7 @@ class DumpPlan(NamedTuple):
     out: str | None = None
     disks: "Wish | None" = None
     live_anyway: bool = False
+    limits: Limits = Limits()
 
 
 class Dump:
@@ -99,9 +103,10 @@ class Dump:
     def run(self) -> dict[str, Any]:
         """Send, prove, give away; the outcome as values.  Whatever goes wrong, the guest is put back first."""
         try:
-            state = self._send()
-            self._migration.require_resumable(state.runstate, state.asleep)
-            self._prove()
+            with self._pace(live=not self._plan.stop):
+                state = self._send()
+                self._migration.require_resumable(state.runstate, state.asleep)
+                self._prove()
             self._write_down(state)
             # From here on there is nothing to put back: a signal comes too late.
             no_more_signals()
@@ -138,6 +143,9 @@ class Dump:
         with contextlib.suppress(Busy, Refused):
             self._migration.run_on(self._tell)
         return self._told
+
+    def _pace(self, live: bool) -> Pace:
+        return Pace(self._plan.path, self._plan.limits, live, self._migration.saved, self._report)
 
     def _may_ask(self) -> bool:
         """Whether the status of QEMU's migration is that of ours by now."""

@@ -69,11 +69,10 @@ class Snapshot(Dump):
             with Monitor(self._plan.path) as monitor:
                 pid = monitor.pid()
             huge = hugepages.find(pid)
-            state = self._send()
-            guest_state = wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
-            if guest_state.migration != "completed":
-                raise CannotDo(f"QEMU ended the snapshot as '{guest_state.migration}': {guest_state.reason}")
-            self._prove()
+            with self._pace(live=False):
+                state = self._send()
+                self._complete()
+                self._prove()
             self._write_down(state)
             no_more_signals()
         except BaseException as error:
@@ -87,6 +86,11 @@ class Snapshot(Dump):
         # All is done; what becomes of this, or of the guest meanwhile, changes nothing.
         hugepages.make_whole(pid, huge)
         return outcome
+
+    def _complete(self) -> None:
+        guest_state = wait_for(self._plan.path, lambda found: not found.moving, 60, "to complete")
+        if guest_state.migration != "completed":
+            raise CannotDo(f"QEMU ended the snapshot as '{guest_state.migration}': {guest_state.reason}")
 
     @property
     def _drain(self) -> Drain:

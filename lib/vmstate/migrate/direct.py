@@ -16,6 +16,7 @@ from ..io.descriptors import kind
 from ..progress import Progress, Sample
 from ..qemu import control, outgoing, sendable, state
 from ..qemu.channel import ended
+from ..qemu.limits import Limits
 from ..qemu.migration_progress import sample_of, words_of
 from ..qemu.state import GuestState
 from ..report import Report
@@ -223,14 +224,7 @@ class Move:
 
 def too_long(plan: MigratePlan, guest_state: GuestState, started: float) -> str | None:
     """Which limit of the plan a move has passed that began at `started`; none in its last step."""
-    if guest_state.run == "finish-migrate" or not guest_state.moving:
-        return None
-    now = guest_state.ram.round if guest_state.ram else 0
-    if plan.timeout is not None and time.monotonic() - started > plan.timeout:
-        return f"the move was not over in {plan.timeout:g} s, in round {now}"
-    if plan.rounds is not None and now > plan.rounds:
-        return f"the move does not come to an end: {plan.rounds} rounds are over, and pages are left"
-    return None
+    return Limits(plan.timeout, plan.rounds).passed("the move", guest_state, started)
 
 
 def require_live(plan: MigratePlan) -> None:

@@ -20,6 +20,8 @@ ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 ON = ("return-path",)
 SNAPSHOT = ("background-snapshot",)
 LEFT_OVER = ("return-path", "late-block-activate", "postcopy-ram", "background-snapshot")
+# In ms: QEMU's own default, and the most that it takes
+DOWNTIME, LONGEST_DOWNTIME = 300, 2000000
 # QEMU's own default, which nobody chose.
 DEFAULT_BANDWIDTH = 128 << 20
 
@@ -81,6 +83,12 @@ class SavedSettings:
         self.rate = 0
         self.keep(monitor)
         monitor.ask("migrate-set-parameters", max_bandwidth=0)
+
+    def lift_downtime(self, monitor: Monitor) -> None:
+        """QEMU is to take its last step now, however long that takes."""
+        self.parameters.setdefault("downtime-limit", answers.parameters(monitor).get("downtime-limit", DOWNTIME))
+        self.keep(monitor)
+        monitor.ask("migrate-set-parameters", downtime_limit=LONGEST_DOWNTIME)
 
     def put_back(self, monitor: Monitor) -> None:
         """Refused where QEMU does not take them: then they stay in QEMU, to be put back later."""

@@ -18,6 +18,7 @@ from ..qemu import control, outgoing, sendable, state
 from ..qemu.channel import ended
 from ..qemu.limits import Limits
 from ..qemu.migration_progress import sample_of, words_of
+from ..qemu.run_states import RUNS
 from ..qemu.state import GuestState
 from ..report import Report
 from ..rollback import Rollback
@@ -183,7 +184,7 @@ class Move:
         path, trouble = self._plan.path, self._undo.undo()
         for _, found in trouble:
             if isinstance(found, GuestGone):
-                if self._guest_state and self._guest_state.run in state.RUNS:
+                if self._guest_state and self._guest_state.run in RUNS:
                     # It was not in its last step: the other QEMU cannot have all of it.
                     return ended(path)
                 return InDoubt(f"{found}, while its guest was moved", "look whether it arrived: vm-status there")

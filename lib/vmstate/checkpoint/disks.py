@@ -264,5 +264,10 @@ def _advance(monitor: Monitor, job: str) -> bool:
     """Whether the job is there; one that has copied everything is told to end."""
     status = block_jobs(monitor).get(job)
     if status == "ready":
-        monitor.ask("block-job-complete", device=job)
+        try:
+            monitor.ask("block-job-complete", device=job)
+        except Refused:
+            # Told before, it can have ended between the look and this.
+            if job in block_jobs(monitor):
+                raise
     return status is not None

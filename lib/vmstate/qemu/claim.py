@@ -92,6 +92,8 @@ class Holder(NamedTuple):
         return f"{self.name} (process {self.processes[0].pid})"
 
     def hint(self) -> str:
+        if self.serves and self.seen:
+            return "its memory is still being brought from a file; with --on-demand, SIGTERM has that come to its end"
         if not self.seen:
             return f"if that has ended, in the guest's monitor: object_del {PREFIX}{self.number}"
         return "it can be used again once that has ended"

@@ -25,7 +25,8 @@
 
 mtype = { hello, accept, refuse, data, all_sent, loaded, go, running, cancel };    /* frames; all_sent: `end` */
 mtype = { Here, Sending, Undecided, Given, Granted };                              /* the source QEMU */
-mtype = { Waiting, Loading, Loaded, Running, Foreign };      /* the destination QEMU; Foreign: a guest of a stranger */
+mtype = { Waiting, Loading, Loaded, Reset, Running };        /* the destination QEMU; Reset: held, its memory lost */
+mtype = { Foreign };                                         /* the same: a stranger has sent a guest of his own */
 mtype = { Gone, Unasked, Refused };                          /* either; not known; what is told to a stranger */
 
 chan there = [4] of { mtype };
@@ -39,7 +40,7 @@ bool fed;                        /* all data are in the socket of the destinatio
 bool receiver_closed;            /* the receiver's end of that socket is closed */
 bool taken;                      /* the mark in the destination QEMU */
 bool arrived;                    /* the same */
-bool reset_here, reset_there;    /* a guest that does not run was reset: its run state is `prelaunch` */
+bool reset_here;                 /* given away, and reset since: its run state is `prelaunch` */
 bool busy;                       /* the source talks to the monitor of the source QEMU: nobody else does */
 bool cut;                        /* the link has ended */
 bool kill_source, kill_receiver; /* kill -9 is under way */
@@ -122,13 +123,12 @@ inline source_runs() {
 
 /* It runs at the destination.  Inside of an atomic. */
 inline guest_runs() {
-    assert(destination == Loaded || destination == Loading);
+    assert(destination == Loaded || destination == Reset || destination == Loading);
     assert(source == Granted || source == Gone);
     assert(!again);
     assert(!over);
     destination = Running;
-    ran = true;
-    reset_there = false
+    ran = true
 }
 
 /* A command ends the destination QEMU, or its user as advised: never with the last whole copy in it. */
@@ -146,7 +146,7 @@ inline ends_copy() {
 inline let_it_run(done) {
     atomic {
         if
-        :: destination == Loaded ->
+        :: destination == Loaded || destination == Reset ->     /* who lets it run does not look: it boots then */
             if
             :: guest_runs(); done = true
             :: !quiet                               /* refused: another has a lock on the disk */
@@ -376,7 +376,7 @@ active proctype vm_restore() {
 #endif
         od;
         if
-        :: destination == Loaded || destination == Running
+        :: destination == Loaded || destination == Reset || destination == Running
         :: destination == Gone -> goto ends
         :: goto broken
         fi;
@@ -553,12 +553,12 @@ active proctype world() {
     :: atomic { destination == Running -> destination = Gone; over = true }
     /* system_reset; the marks count in any run state */
     :: atomic { source == Given || source == Granted -> reset_here = true }
-    :: atomic { destination == Loaded -> reset_there = true }
+    :: atomic { destination == Loaded -> destination = Reset }
 #ifdef RESET_FREES_SOURCE
     :: atomic { reset_here && (source == Given || source == Granted) -> source_runs() }
 #endif
 #ifdef RESET_FREES_DESTINATION
-    :: atomic { reset_there && destination == Loaded -> guest_runs() }
+    :: atomic { destination == Reset -> guest_runs() }
 #endif
     :: atomic { quiet = true; shot_source = false; shot_receiver = false; break }
     od
@@ -587,6 +587,7 @@ active proctype rest() {
         /* status 5, and the way out */
         if
         :: source == Granted && destination == Gone && !ran -> assert(destination_killed); source_runs()
+        :: source == Granted && destination == Reset -> ends_copy(); source_runs()
         :: source == Gone && destination == Loaded && !again -> assert(source_killed); guest_runs()
         :: else
         fi;

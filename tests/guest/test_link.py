@@ -611,6 +611,9 @@ def test_one_that_is_here_is_settled(guests: Guests, work: Path) -> None:
     guests.running()
     done = shell("vm-migrate --recover a.qmp", work)
     assert (done.status, done.text) == (0, "a.qmp: the guest is here, and 'running'\n")
+    guests.waiting(kind="metal")
+    done = shell("vm-migrate --recover b.qmp", work)
+    assert (done.status, done.text) == (0, "b.qmp: no guest has come: it waits for a state\n")
 
 
 @pytest.mark.parametrize(

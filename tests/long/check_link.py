@@ -2,8 +2,8 @@
 
     make check-long
 
-FAULTS says how many moves die at a moment that is left to chance (300 unless told), OTHERS with how many of them somebody
-interferes (100); SEED begins the same row again.
+FAULTS says how many moves die at a moment that is left to chance (300 unless told), OTHERS with how many others
+somebody interferes (100); SEED begins the same row again.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def go(transport: Transport, move: str, secret: object) -> str:
 
 
 def recover(path: str, transport: Transport | None, *, sure: bool = False) -> dict[str, Any]:
-    """Take the way out for the guest at `path`; where it runs then: `where` 'here' or 'there'.
+    """Take the way out for the guest at `path`; `where` it runs then: 'here' or 'there'; 'not here': it waits.
 
     InDoubt where it cannot be told, with what a person must know before.
     """
@@ -48,7 +48,9 @@ def recover(path: str, transport: Transport | None, *, sure: bool = False) -> di
     move = str(here.get("move"))
     if here["state"] == "gone":
         raise CannotDo(f"no guest at {path}: its QEMU has ended", "settle it on the other side")
-    if here["state"] in ("waiting", "loading", "undecided"):
+    if here["state"] == "waiting":
+        return {"guest": path, "where": "not here", "state": here["run"]}
+    if here["state"] in ("loading", "undecided"):
         raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
     with Monitor(path) as monitor:
         claim.take(monitor, path, move=move)

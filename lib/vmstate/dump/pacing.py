@@ -31,7 +31,7 @@ class Pace:
         self._convergence: Convergence | None = Convergence() if limits == Limits() else None
         self._started = time.monotonic()
         self._over = threading.Event()
-        self._changing = threading.Lock()
+        self._changing, self._interrupting = threading.Lock(), threading.Lock()
         self._timer = threading.Timer(limits.timeout or 0, self._time_is_over)
         self._timer.daemon = True
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -45,17 +45,21 @@ class Pace:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._timer.cancel()
-        # What is changed in QEMU is known before it is put back.
-        with self._changing:
+        try:
+            self._timer.cancel()
+            # What is changed in QEMU is known before it is put back, and what interrupts has come.
+            with self._interrupting, self._changing:
+                self._over.set()
+        finally:
             self._over.set()
 
     def _time_is_over(self) -> None:
         self._interrupt(f"the dump was not over in {self._limits.timeout:g} s")
 
     def _interrupt(self, reason: str) -> None:
-        if not self._over.is_set():
-            interrupt(CannotDo(reason, HINT))
+        with self._interrupting:
+            if not self._over.is_set():
+                interrupt(CannotDo(reason, HINT))
 
     def _work(self) -> None:
         while not self._over.wait(LOOK):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 from ..errors import CannotDo, GuestGone, VmstateError
-from .state import query_once
+from .state import GuestState, query_once
 
 # Seconds without a byte before the monitor is asked, and between two looks at its answer
 LOOK = 0.4
@@ -22,17 +22,14 @@ def _always() -> bool:
 
 
 class QemuChannel:
-    """`end`: the socket.  may_ask: whether the monitor may be asked by now; else only the end of the channel counts.
-
-    reason: why QEMU has given up, in its own words.
-    """
+    """`end`: the socket.  may_ask: whether the monitor may be asked by now; else only the end of the channel counts."""
 
     def __init__(self, path: str, end: socket.socket, may_ask: Callable[[], bool] = _always) -> None:
         self.end = end
-        self.reason = ""
         self._path = path
         self._may_ask = may_ask
-        self._over = False
+        # QEMU does not send any more, as it has said.
+        self._over: GuestState | None = None
         self._asker: threading.Thread | None = None
 
     def wait(self, *others: int) -> set[int]:
@@ -54,16 +51,16 @@ class QemuChannel:
 
     def gave_up(self, came: int) -> CannotDo:
         """The error for a channel on which nothing comes after so many bytes."""
+        words = f"QEMU gave up after {came} bytes" if came else "QEMU gave up at once"
         try:
-            self.reason = self.reason or query_once(self._path).reason
+            found = self._over or query_once(self._path)
         except GuestGone:
             return ended(self._path)
         except VmstateError:
-            pass
-        words = f"QEMU gave up after {came} bytes" if came else "QEMU gave up at once"
-        if self.reason:
-            return CannotDo(f"{words}: {self.reason}")
-        return CannotDo(words, "the standard error of QEMU may say why")
+            return CannotDo(words)
+        if found.reason:
+            return CannotDo(f"{words}: {found.reason}")
+        return CannotDo(words, *(["the standard error of QEMU may say why"] if found.migration == "failed" else []))
 
     def _have_asked(self) -> None:
         if self._may_ask() and not (self._asker and self._asker.is_alive()):
@@ -77,7 +74,7 @@ class QemuChannel:
             # Others have the monitor; and of a QEMU that has ended the channel ends as well.
             return
         if not found.moving:
-            self.reason, self._over = found.reason, True
+            self._over = found
 
 
 def ended(path: str) -> GuestGone:

@@ -92,10 +92,12 @@ def test_its_own_words(work: Path, ends: Ends) -> None:
         assert str(channel.gave_up(7)) == "QEMU gave up after 7 bytes: no TPM"
 
 
-def test_without_words(qemu: FakeQemu, path: str, ends: Ends) -> None:
+@pytest.mark.parametrize("status", ["failed", "cancelled", "active"])
+def test_without_words(qemu: FakeQemu, path: str, ends: Ends, status: str) -> None:
+    qemu.migration = status
     error = QemuChannel(path, ends[0]).gave_up(0)
     assert (str(error), type(error)) == ("QEMU gave up at once", CannotDo)
-    assert error.hints
+    assert bool(error.hints) == (status == "failed")
 
 
 def test_it_has_ended(ends: Ends) -> None:

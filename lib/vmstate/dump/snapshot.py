@@ -18,7 +18,7 @@ from ..io.descriptors import BLOCK
 from ..progress import Progress
 from ..qemu import claim, hugepages, sendable, settings
 from ..qemu.migration_progress import sample
-from ..qemu.monitor import Monitor
+from ..qemu.monitor import ANSWER, Monitor
 from ..qemu.state import FOR_EVER, query, query_once, wait_for, with_retry
 from ..signals import no_more_signals, release_signals
 from ..stream.validate import State
@@ -30,6 +30,8 @@ WORDS = {
     "sysctl vm.unprivileged_userfaultfd=1",
     "not supported by guest memory": "its RAM is shared, or has pages that cannot be write-protected",
 }
+# Seconds for a QEMU to answer whoever has it begin, and to send the rest of a snapshot that nobody wants any more
+TALKS, DRAINS = 5.0, 60.0
 OTHERWISE = "save it with a longer pause: vm-dump --after running, or --snapshot-or-live"
 
 
@@ -99,13 +101,13 @@ class Snapshot(Dump):
 
     def _may_ask(self) -> bool:
         # Before it has begun there is the status of the migration before it.
-        return self._talk is not None and not self._talk.is_alive()
+        return self._talk is not None and self._talk.ended.is_set()
 
     def _failed(self, error: BaseException) -> BaseException:
         no_more_signals()
         if self._talk:
             with discarding(self._ours.fileno()):
-                self._talk.join()
+                self._end_talk(self._talk)
             if self._talk.error and not isinstance(error, Stopped):
                 error = self._talk.error
         # Undone first, but for the sink, which must not take a part for the whole meanwhile.
@@ -114,12 +116,18 @@ class Snapshot(Dump):
         self._rollback.add("the sink", self._let_go_of_the_sink)
         return super()._failed(error)
 
+    def _end_talk(self, talk: "_Talk") -> None:
+        if not talk.ended.wait(TALKS):
+            self._migration.hang_up()
+            talk.ended.wait(TALKS)
+
     def _end_snapshot(self) -> None:
         self._theirs.close()
         if self._migration.begun:
             # Whether the guest is well after all is seen when it is taken back.
             with contextlib.suppress(VmstateError):
-                drain(self._plan.path, self._ours.fileno(), self._migration.saved)
+                # What takes longer the watchdog goes on with.
+                drain(self._plan.path, self._ours.fileno(), self._migration.saved, DRAINS)
 
     def _send(self) -> State:
         with_retry(self._plan.path, self._migration.claim)
@@ -131,7 +139,8 @@ class Snapshot(Dump):
         release_signals()
         with Progress(self._report, self._mode, lambda: sample(self._plan.path)):
             state = self._outgoing.run()
-        self._talk.join()
+        if not self._talk.ended.wait(ANSWER):
+            raise CannotDo(f"QEMU has sent its snapshot, and does not answer in {ANSWER:.0f} s")
         if self._talk.error:
             raise self._talk.error
         self._warn_of_waking()
@@ -158,6 +167,8 @@ class _Talk(threading.Thread):
     def __init__(self, talk: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self._do = talk
+        # Not `join`: a signal that interrupts it makes Python 3.11 take the thread for ended.
+        self.ended = threading.Event()
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -165,6 +176,8 @@ class _Talk(threading.Thread):
             self._do()
         except BaseException as error:  # noqa: BLE001 - for the other thread, which raises it
             self.error = error
+        finally:
+            self.ended.set()
 
 
 @contextlib.contextmanager
@@ -188,14 +201,14 @@ def discarding(fd: int) -> Iterator[None]:
         thread.join()
 
 
-def drain(path: str, fd: int, saved: settings.SavedSettings | None = None) -> None:
+def drain(path: str, fd: int, saved: settings.SavedSettings | None = None, seconds: float = FOR_EVER) -> None:
     """Take what QEMU still sends to the other end of `fd`, as fast as it can, until it has sent all.
 
-    saved: the settings of this command; None: those that one that died has left.
+    saved: the settings of this command; None: those that one that died has left.  CannotDo where it takes longer.
     """
     with discarding(fd):
-        if with_retry(path, lambda monitor: _unlimited(monitor, saved), FOR_EVER):
-            wait_for(path, lambda guest_state: not guest_state.moving, FOR_EVER, "to end its snapshot")
+        if with_retry(path, lambda monitor: _unlimited(monitor, saved), seconds):
+            wait_for(path, lambda guest_state: not guest_state.moving, seconds, "to end its snapshot")
 
 
 def _unlimited(monitor: Monitor, saved: settings.SavedSettings | None) -> bool:

@@ -8,6 +8,7 @@ events between them.
 """
 
 import codecs
+import contextlib
 import json
 import select
 import socket
@@ -119,6 +120,11 @@ class Monitor:
     def leave(self) -> None:
         """As the end of the `with` block; of one that has been left already nothing happens."""
         self._socket.close()
+
+    def hang_up(self) -> None:
+        """From another thread: whoever is in this conversation finds that the guest went away."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """The answer to a command; arguments with '_' for '-'."""

@@ -1,10 +1,10 @@
 """A migration out of a QEMU: begin to send a guest's state, complete it, or have the guest run on."""
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Any
 
+from ..deadline import Deadline
 from ..errors import CannotDo, InDoubt, Refused, VmstateError
 from . import answers, claim, markers
 from .control import run_on
@@ -27,6 +27,8 @@ from .state import (
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
+# How long QEMU may take to begin with a snapshot, in seconds
+BEGINS = 60.0
 
 
 class OutgoingMigration:
@@ -72,6 +74,7 @@ class OutgoingMigration:
         # The process that puts things back
         self.watchdog: int | None = None
         self.begun = False
+        self._talk: Monitor | None = None
         # QEMU has begun to send.
         self.sent = False
 
@@ -142,6 +145,7 @@ class OutgoingMigration:
 
     def _begin(self, send: Callable[[Monitor], None]) -> None:
         with Monitor(self.path) as monitor:
+            self._talk = monitor
             self.claim(monitor)
             guest_state = require_sendable(monitor, self.path)
             markers.refuse(markers.read(monitor), guest_state, self.path)
@@ -170,6 +174,11 @@ class OutgoingMigration:
             raise CannotDo(f"the guest at {self.path} has shut down while its state was being sent")
         if asleep and not self._may_sleep and with_retry(self.path, keeps_sleep):
             raise asleep_error(self.path)
+
+    def hang_up(self) -> None:
+        """From another thread: the conversation in which it is begun ends, wherever it is."""
+        if self._talk:
+            self._talk.hang_up()
 
     def _parameters(self, monitor: Monitor) -> dict[str, Any]:
         wanted: dict[str, Any] = {}
@@ -264,11 +273,7 @@ def _run_on_once_kept(monitor: Monitor) -> None:
 
     'active' alone is too early.  Some versions let it run themselves.
     """
-    while True:
-        guest_state = query(monitor)
-        if not guest_state.moving or (guest_state.ram and guest_state.ram.pages):
-            break
-        time.sleep(0.0005)
+    guest_state = look_until(monitor, lambda found: not found.moving or bool(found.ram and found.ram.pages), BEGINS)
     if guest_state.migration in BUSY | {"completed"}:
         monitor.ask("cont")
 
@@ -276,22 +281,24 @@ def _run_on_once_kept(monitor: Monitor) -> None:
 def _pause(monitor: Monitor) -> float | None:
     """From QEMU's STOP to its RESUME, in ms, by its own clock; None where it is over without them (a guest that ends).
 
-    CannotDo where the migration fails before.
+    None as well where the monitor sends no events: then the guest is seen to run.  CannotDo where the migration fails
+    before.
     """
-    stopped = None
-    while True:
+    stopped, deadline = None, Deadline(BEGINS)
+    while not deadline.over:
         event = answers.event(monitor, 1)
         if event is None:
             guest_state = query(monitor)
             if not guest_state.moving and guest_state.migration != "completed":
                 raise CannotDo(f"QEMU ended the snapshot as '{guest_state.migration}': {guest_state.reason}")
-            if not guest_state.moving:
+            if not guest_state.moving or guest_state.run in RUNS:
                 return None
             continue
         if event.name == "STOP":
             stopped = event.at
         elif event.name == "RESUME" and stopped is not None:
             return round(event.at - stopped, 3)
+    raise CannotDo(f"QEMU has not let the guest run for its snapshot in {BEGINS:.0f} s")
 
 
 def _explained(error: Refused, path: str) -> CannotDo:

@@ -18,7 +18,7 @@ from conftest import ROOT, Done, Guests, shell
 from vm import Guest, QmpError, until
 from vmstate.migrate import link as protocol
 
-from guest.judge import as_it_was, same_memory, went_on
+from guest.judge import as_it_was, same_memory, used_up, went_on
 from guest.test_migrate import MIB, migrating
 
 LINK_FAULT = Path(__file__).with_name("link_fault.py")
@@ -929,3 +929,38 @@ def test_a_guest_in_its_firmware(work: Path) -> None:
             assert there.said() == ""
             there.cmd("system_reset")
             until(lambda: "No bootable device" in there.said(), 30, "it goes on there")
+
+
+# no wait without an end
+
+
+@pytest.mark.parametrize("command", ["cat > /dev/null", "sleep 100", "head -c 1 | cat; sleep 100"])
+def test_a_link_that_never_answers(guests: Guests, work: Path, command: str) -> None:
+    """It takes bytes, or not even these: a signal ends the wait for its first word."""
+    source = guests.start("a", kind="metal")
+    process = subprocess.Popen(["vm-migrate", "a.qmp", f"link:{command}"], cwd=work, stderr=subprocess.PIPE)
+    try:
+        time.sleep(3)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(5) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait(10)
+    assert source.status() == "running"
+    assert not [found for found in source.cmd("query-migrate-capabilities") if found["state"]]
+
+
+def test_a_filter_that_does_not_end(guests: Guests, work: Path) -> None:
+    """The guest stands still meanwhile."""
+    source, there = guests.start("a", kind="metal"), guests.waiting("b", kind="metal")
+    (work / "stuck").write_text("#!/bin/sh\ncat\nexec sleep 100\n")
+    (work / "stuck").chmod(0o755)
+    receiver = "vm-restore --receive --no-announce --through cat b.qmp"
+    started = time.monotonic()
+    done = move(work, link(receiver), "--through", "./stuck", "--timeout-handover", "3")
+    assert time.monotonic() - started < 30
+    assert done.status == 1, done.err
+    assert "nothing has passed over the link for 3 s" in done.err
+    assert source.status() == "running"
+    until(lambda: not there.alive() or used_up(there), 20, "the other one is given up")

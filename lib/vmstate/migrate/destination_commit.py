@@ -16,8 +16,6 @@ from .reception import Phase, Reception
 
 # A source that has heard 'loaded' goes on at once.
 SOON = 1.0
-# Longer than any source waits before it takes its guest back.
-LONG = 600.0
 
 
 def commit(of: Reception, count: int) -> str:
@@ -33,8 +31,8 @@ def commit(of: Reception, count: int) -> str:
             return _arrive(of, monitor, rhythm)
     finally:
         of.near.leave()
-    if not of.link.comes(LONG):
-        raise CannotDo(f"the source has said nothing for {LONG:.0f} s")
+    if not of.link.comes(link.SILENT):
+        raise CannotDo(f"the source has said nothing for {link.SILENT:.0f} s")
     return with_retry(of.path, lambda monitor: _arrive(of, monitor, rhythm))
 
 

@@ -15,7 +15,7 @@ from ..qemu.state import query, query_once
 from ..signals import hold_signals, no_more_signals, release_signals
 from ..stream import constants
 from . import decision, filters, link
-from .link import LOST, ROOM, LinkFrame
+from .link import LOST, ROOM, SILENT, LinkFrame
 from .reception import Phase, Reception
 
 # In postcopy the guest stands still until it is noticed here, in ms.
@@ -36,10 +36,16 @@ class Inlet:
 
 def first_frame(of: Reception) -> LinkFrame:
     """What begins it; the source may go over to postcopy before its first byte is here."""
+    if not of.link.comes(SILENT):
+        raise silent()
     frame = of.link.receive()
     if frame is None or frame.kind not in (link.DATA, link.SWITCH):
         raise broken_off(of, frame)
     return frame
+
+
+def silent() -> CannotDo:
+    return CannotDo(f"the source has said nothing for {SILENT:.0f} s")
 
 
 def broken_off(of: Reception, frame: LinkFrame | None) -> VmstateError:
@@ -103,7 +109,12 @@ class Loading:
         poll.register(self._of.link.reading, select.POLLIN)
         if not self._shut:
             poll.register(self._qemu, select.POLLIN)
-        return {fd for fd, _ in poll.poll(LOOK_MS if self._of.phases.now is Phase.SWITCHING else None)}
+        if self._of.phases.now is Phase.SWITCHING:
+            return {fd for fd, _ in poll.poll(LOOK_MS)}
+        ready = {fd for fd, _ in poll.poll(SILENT * 1000)}
+        if not ready:
+            raise silent()
+        return ready
 
     def _hear_source(self, frame: LinkFrame | None) -> None:
         kind = frame.kind if frame else None

@@ -100,6 +100,10 @@ class Filter:
             return error
         return CannotDo(f"the filter '{self._pipeline.command}' ended before it had taken everything")
 
+    def kill(self) -> None:
+        """From another thread."""
+        self._pipeline.kill()
+
     def end(self) -> None:
         self._pipeline.end()
 
@@ -138,6 +142,10 @@ class FilteredStream:
     def answer(self, status: int) -> None:
         """As `relay.answer`."""
         self._outgoing.answer(status)
+
+    def give_up(self) -> None:
+        """From another thread: `run` waits for the filters no longer."""
+        self._filter.kill()
 
     def end(self) -> None:
         self._filter.end()

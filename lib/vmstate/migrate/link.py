@@ -28,6 +28,8 @@ RAW = (DATA, BACK)
 # The other side may have to start a QEMU, or somebody to type a password.
 ANSWERS = 60.0
 ENDS = 10.0
+# Longer than any source stands still before it takes its guest back
+SILENT = 600.0
 LOST = "the link is lost: its source has ended, or the way to it"
 # More than an honest other side has to say at once.
 MANY = 64

@@ -23,6 +23,8 @@ LOOK = 0.15
 # The lowest downtime-limit, in ms: with a lower one also a guest at rest takes several rounds.
 FIRST_PAUSE = 20
 PAUSE = "downtime-limit"
+# How long a link may stand still while the guest runs, in seconds
+STALLS = 120.0
 
 
 class Watch:
@@ -45,6 +47,8 @@ class Watch:
         self._interrupt = interrupt
         self._most = saved.parameters.get(PAUSE, FIRST_PAUSE) if plan.downtime is None else 0
         self._pause, self._round = FIRST_PAUSE, 0
+        # In postcopy a link that stands still is better waited for than lost.
+        self._crossing = False
         self._started = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -64,6 +68,8 @@ class Watch:
             if self._outgoing.sent != sent:
                 sent, since = self._outgoing.sent, now
             stalled = now - since > self._plan.handover
+            if now - since > max(STALLS, self._plan.handover) and not self._crossing:
+                return self._stalled(now - since)
             try:
                 with Monitor(self._plan.path, 0.5) as monitor:
                     guest_state = state.query(monitor)
@@ -73,6 +79,10 @@ class Watch:
                 continue
             if not self._over.is_set():
                 self._check_limits(guest_state, stalled)
+        return None
+
+    def _stalled(self, seconds: float) -> None:
+        self._interrupt(CannotDo(f"nothing has passed over the link for {seconds:.0f} s"))
 
     def _raise_pause(self, monitor: Monitor, guest_state: GuestState) -> None:
         """Twice as long for each round that it did not suffice for."""
@@ -87,6 +97,7 @@ class Watch:
         reason = too_long(self._plan, guest_state, self._started)
         if reason and self.switch:
             if guest_state.migration == "active":
+                self._crossing = True
                 with contextlib.suppress(VmstateError):
                     self.switch()
         elif reason:

@@ -133,7 +133,7 @@ class Receive:
             raise Unknown
         state, run = here["state"], here["run"]
         self._link.tell(link.ACCEPT, **talk.answer(state, run))
-        while frame := self._link.receive():
+        while self._link.comes(link.SILENT) and (frame := self._link.receive()):
             if frame.kind == link.GO:
                 go = Go.of(frame)
                 if go.move != hello.move or not talk.proves(go.proof, "go"):

@@ -85,6 +85,9 @@ class Sending:
         if self._of.phases.now in (Phase.ASKING, Phase.SENDING):
             with contextlib.suppress(OSError):
                 self._qemu.shutdown(socket.SHUT_RDWR)
+            if reason and isinstance(self.way, FilteredStream):
+                # One that does not end has the guest stand still.
+                self.way.give_up()
 
     def _switch(self) -> None:
         """In another thread: have QEMU go over to postcopy, which it does unless it is done before."""

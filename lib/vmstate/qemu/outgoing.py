@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from ..deadline import Deadline
 from ..errors import CannotDo, InDoubt, Refused, VmstateError
 from . import answers, claim, markers
 from .control import run_on
@@ -12,8 +11,8 @@ from .monitor import Monitor
 from .run_states import RUNS
 from .sendable import asleep_error, require_sendable, wakes
 from .settings import DEFAULT_BANDWIDTH, ON, SNAPSHOT, SavedSettings, prepare, ran
+from .snapshot_pause import run_on_once_kept, stood_for
 from .state import (
-    BUSY,
     SOON,
     GuestState,
     keeps_sleep,
@@ -27,8 +26,6 @@ from .state import (
 
 # The name under which QEMU keeps our descriptor; one left over by a killed command is replaced by the next.
 NAME = "vmstate"
-# How long QEMU may take to begin with a snapshot, in seconds
-BEGINS = 60.0
 
 
 class OutgoingMigration:
@@ -125,9 +122,9 @@ class OutgoingMigration:
                 self.sent = False
                 raise
             if take and self.saved.ran:
-                _run_on_once_kept(monitor)
+                run_on_once_kept(monitor)
                 self.saved.resumed(monitor)
-            if self.saved.ran and (pause := _pause(monitor)) is not None:
+            if self.saved.ran and (pause := stood_for(monitor)) is not None:
                 paused.append(pause)
 
         self._begin(send)
@@ -266,39 +263,6 @@ class OutgoingMigration:
 
 def _not_completed(guest_state: GuestState) -> CannotDo:
     return CannotDo(f"QEMU ended the migration as '{guest_state.migration}': {guest_state.reason or 'no reason given'}")
-
-
-def _run_on_once_kept(monitor: Monitor) -> None:
-    """Let a guest run that was stopped for its snapshot, as soon as QEMU keeps its pages as they are: it has sent some.
-
-    'active' alone is too early.  Some versions let it run themselves.
-    """
-    guest_state = look_until(monitor, lambda found: not found.moving or bool(found.ram and found.ram.pages), BEGINS)
-    if guest_state.migration in BUSY | {"completed"}:
-        monitor.ask("cont")
-
-
-def _pause(monitor: Monitor) -> float | None:
-    """From QEMU's STOP to its RESUME, in ms, by its own clock; None where it is over without them (a guest that ends).
-
-    None as well where the monitor sends no events: then the guest is seen to run.  CannotDo where the migration fails
-    before.
-    """
-    stopped, deadline = None, Deadline(BEGINS)
-    while not deadline.over:
-        event = answers.event(monitor, 1)
-        if event is None:
-            guest_state = query(monitor)
-            if not guest_state.moving and guest_state.migration != "completed":
-                raise CannotDo(f"QEMU ended the snapshot as '{guest_state.migration}': {guest_state.reason}")
-            if not guest_state.moving or guest_state.run in RUNS:
-                return None
-            continue
-        if event.name == "STOP":
-            stopped = event.at
-        elif event.name == "RESUME" and stopped is not None:
-            return round(event.at - stopped, 3)
-    raise CannotDo(f"QEMU has not let the guest run for its snapshot in {BEGINS:.0f} s")
 
 
 def _explained(error: Refused, path: str) -> CannotDo:

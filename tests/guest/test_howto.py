@@ -7,6 +7,7 @@ from conftest import Guests, shell
 from vm import Guest, until
 
 from guest.judge import went_on
+from guest.test_migrate import free_port
 
 KEY = "me@example.org"
 
@@ -133,9 +134,10 @@ def test_tcp_and_exec_as_qemu_has_them(guests: Guests, work: Path) -> None:
     source = guests.running()
     stood = source.count() or 0
     guest = guests.waiting()
-    script = f"nc -l 127.0.0.1 4455 > pipe & cat pipe | vm-restore b.qmp & sleep 0.3; echo {source.pid}; wait %2"
+    port = free_port()
+    script = f"nc -l 127.0.0.1 {port} > pipe & cat pipe | vm-restore b.qmp & sleep 0.3; echo {source.pid}; wait %2"
     receiving = shell_in_background(f"mkfifo pipe; {script}", work)
-    monitor(source, "migrate_set_parameter max-bandwidth 10G", 'migrate "exec:nc -N 127.0.0.1 4455"')
+    monitor(source, "migrate_set_parameter max-bandwidth 10G", f'migrate "exec:nc -N 127.0.0.1 {port}"')
     assert receiving.wait(60) == 0
     assert guest.wait_count(stood) >= stood
     assert guest.running()

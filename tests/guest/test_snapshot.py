@@ -14,7 +14,7 @@ from vm import MAC, Guest, until
 from vmstate.qemu import hugepages
 
 from guest.judge import as_it_was, went_on
-from guest.test_failure import dumper, end, start
+from guest.test_failure import RATE, dumper, end, start
 
 
 def active(guest: Guest) -> bool:
@@ -147,10 +147,10 @@ def test_killed_together_with_its_guard(guests: Guests, work: Path) -> None:
     """Nobody is left who takes what QEMU sends: 7.2 leaves the guest waiting, until it is let go."""
     source = guests.start("a", append="block=16 dirty=16")
     source.wait_ready(60)
-    process = start(work, "vm-dump -q --snapshot --speed 19999k a.qmp > s")
+    process = start(work, f"vm-dump -q --snapshot --speed {RATE} a.qmp > s")
     try:
         until(lambda: active(source), 20, "the snapshot is on its way")
-        shell("pkill -9 -f '[-]-speed 19999k'", work)
+        shell(f"pkill -9 -f '[-]-speed {RATE}'", work)
         process.wait(60)
     finally:
         end(process)

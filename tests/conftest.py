@@ -33,7 +33,7 @@ BIN = Path(sys.executable).parent
 os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin"
 os.environ.setdefault("LC_ALL", "C.UTF-8")
 
-from vm import Guest, default_qemu, make_disk, save, saved_guest, start_from  # noqa: E402
+from vm import Guest, default_qemu, made_once, make_disk, save, saved_guest, start_from  # noqa: E402
 
 # The environment of a user, for tests of what is done by default on any QEMU.
 AS_TYPED = dict(os.environ)
@@ -125,8 +125,13 @@ def work() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where states of guests lie that were booted once a run."""
-    return tmp_path_factory.mktemp("states")
+    """Where states of guests lie that were booted once a run, by whichever worker."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "states"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 class Guests:
@@ -144,13 +149,17 @@ class Guests:
         guest.wait_count(1)
         return guest
 
-    def with_disk(self, disk: Path, name: str = "a") -> Guest:
-        """One that is up and counting, also on a disk of its own, from a state made once a run."""
+    def with_disk(self, disk: Path, name: str = "a", **kwargs: Any) -> Guest:
+        """One that is up and counting, also on a disk of its own (raw by its suffix), from a state made once a run."""
         image = self._states / "disk.qcow2"
-        if not image.exists():
-            _boot_with_disk(self._states, image)
-        shutil.copy(image, disk)
-        guest = start_from(image.with_suffix(".state"), self.folder, name, disk=disk)
+        with made_once(image):
+            if not image.exists():
+                _boot_with_disk(self._states, image)
+        if disk.suffix == ".raw":
+            assert run("qemu-img", "convert", "-O", "raw", image, disk).status == 0
+        else:
+            shutil.copy(image, disk)
+        guest = start_from(image.with_suffix(".state"), self.folder, name, disk=disk, **kwargs)
         self._started.append(guest)
         return guest
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -211,7 +212,8 @@ class Guest:
     def _disk(self) -> list[str]:
         if not self.disk:
             return []
-        drive = f"if=none,id=disk0,node-name=image0,format=qcow2,file={self.disk}"
+        form = "raw" if self.disk.suffix == ".raw" else "qcow2"
+        drive = f"if=none,id=disk0,node-name=image0,format={form},file={self.disk}"
         return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0"]
 
     def _agent(self) -> list[str]:
@@ -231,8 +233,12 @@ class Guest:
     def start(self, state: Path | None = None, timeout: float = 60) -> Guest:
         """Start it, from `state` if given, and wait until its monitor answers and the state is loaded and runs."""
         if state:
-            self.incoming = f"exec:cat {shlex.quote(str(state))}"
             self._saved_sum = state.with_suffix(".sum").read_text()
+            if self.user is not None:
+                # The other user may not look into where states lie.
+                state = Path(shutil.copy(state, self.path("saved")))
+                state.chmod(0o644)
+            self.incoming = f"exec:cat {shlex.quote(str(state))}"
         try:
             self._spawn()
             self._wait_monitor(timeout)
@@ -439,18 +445,31 @@ def saved_guest(cache: Path, **kwargs: Any) -> Path:
     if kwargs.get("disk"):
         raise ValueError("a saved guest would need its disk as it was then: boot it")
     cache.mkdir(parents=True, exist_ok=True)
+    # Whoever runs it: a state has no owner.
+    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "user"}
     state = cache / f"{_key(kwargs)}.state"
-    if not (state.exists() and state.with_suffix(".sum").exists()):
-        with tempfile.TemporaryDirectory(dir=cache, prefix="boot-") as folder:
-            _boot_and_save(Path(folder), state, kwargs)
+    with made_once(state):
+        if not (state.exists() and state.with_suffix(".sum").exists()):
+            with tempfile.TemporaryDirectory(dir=cache, prefix="boot-") as folder:
+                _boot_and_save(Path(folder), state, kwargs)
     return state
 
 
-def _key(kwargs: dict[str, Any]) -> str:
-    kind = kwargs.get("kind", "linux")
-    defaults = {"kind": kind, "accel": default_accel(kind, kwargs.get("user")), "qemu": shlex.join(default_qemu())}
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    initrd = "agent.gz" if kwargs.get("agent") else "initrd.gz"
+@contextlib.contextmanager
+def made_once(path: Path) -> Iterator[None]:
+    """Whoever else, of all workers, makes the same file waits meanwhile."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _key(given: dict[str, Any]) -> str:
+    kind = given.get("kind", "linux")
+    defaults = {"kind": kind, "accel": default_accel(kind), "qemu": shlex.join(default_qemu())}
+    if "qemu" in given:
+        # On whichever host: a worker's have names of their own.
+        given = given | {"qemu": re.sub(r"^ip netns exec \S+ ", "", given["qemu"])}
+    initrd = "agent.gz" if given.get("agent") else "initrd.gz"
     files = [image() / name for name in ("vmlinuz", initrd, "metal.elf")]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     text = json.dumps([defaults | given, stamps], sort_keys=True, default=str)

@@ -19,6 +19,9 @@ SECOND = 10**9
 NAME = "org.qemu.guest_agent.0"
 SERVER = "server=on,wait=off"
 WIDE = 20.0
+IN_2020 = 1577836800
+# One for all of them, which boots once a run.
+WITH_AGENT: dict[str, Any] = {"agent": True, "append": "ip=192.0.2.7/24"}
 
 
 def found(guest: Guest) -> str | None:
@@ -92,9 +95,11 @@ def test_a_path_from_where_qemu_was_started(guests: Guests, work: Path, monkeypa
 
 
 def test_the_clock_is_set(guests: Guests) -> None:
-    guest = guests.booted(agent=True, extra=["-rtc", "base=2020-01-01T00:00:00"])
+    guest = guests.running(**WITH_AGENT)
     path = answering(guest)
     assert found(guest) == path
+    with Agent(path, WIDE) as agent:
+        agent.ask("guest-set-time", time=IN_2020 * SECOND)
     assert wrong_by(path) > 10**8
     set_time(path)
     assert abs(wrong_by(path)) < 2
@@ -109,9 +114,9 @@ def test_the_clock_is_set(guests: Guests) -> None:
 
 def test_the_clock_after_a_restore(guests: Guests, work: Path) -> None:
     """The state lies for a while: the guest's clock is behind by that, what counts from its start goes on evenly."""
-    source = guests.running(agent=True)
+    source = guests.running(**WITH_AGENT)
     behind = wrong_by(answering(source))
-    target = guests.waiting(agent=True)
+    target = guests.waiting(**WITH_AGENT)
     done = shell("vm-dump -q a.qmp > s", work)
     assert done.status == 0, done.err
     count, uptimes = source.count() or 0, source.uptimes()
@@ -132,7 +137,7 @@ def test_the_clock_after_a_restore(guests: Guests, work: Path) -> None:
 
 
 def test_a_client_that_left_in_the_middle(guests: Guests) -> None:
-    path = answering(guests.running(agent=True))
+    path = answering(guests.running(**WITH_AGENT))
     for left in (b'{"execute": "guest-g', b'{"execute": "guest-info"}\n' * 20, b"\xff}]\n", b"no json\n"):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
@@ -144,7 +149,7 @@ def test_a_client_that_left_in_the_middle(guests: Guests) -> None:
 
 
 def test_what_the_agent_refuses(guests: Guests) -> None:
-    path = answering(guests.running(agent=True))
+    path = answering(guests.running(**WITH_AGENT))
     with Agent(path, WIDE) as agent:
         with pytest.raises(CannotDo, match="refuses 'guest-set-time': "):
             agent.ask("guest-set-time", time="soon")
@@ -161,7 +166,7 @@ def test_an_agent_that_does_not_run(guests: Guests, ask: Callable[[str], Any]) -
 
 
 def test_an_agent_that_another_client_holds(guests: Guests) -> None:
-    path = answering(guests.running(agent=True))
+    path = answering(guests.running(**WITH_AGENT))
     with Agent(path, WIDE) as agent:
         assert "does not answer within 0.5 s" in str(in_time(lambda: set_time(path, 0.5), 0.5))
         agent.ask("guest-ping")
@@ -170,7 +175,7 @@ def test_an_agent_that_another_client_holds(guests: Guests) -> None:
 
 
 def test_a_guest_that_stands(guests: Guests) -> None:
-    guest = guests.running(agent=True)
+    guest = guests.running(**WITH_AGENT)
     path = answering(guest)
     guest.cmd("stop")
     in_time(lambda: set_time(path, 0.5), 0.5)
@@ -186,7 +191,7 @@ def test_a_socket_that_is_none(work: Path) -> None:
 
 
 def test_addresses(guests: Guests) -> None:
-    path = answering(guests.running(agent=True, append="ip=192.0.2.7/24"))
+    path = answering(guests.running(**WITH_AGENT))
     known = addresses(path, WIDE)
     assert list(known) == [MAC]
     assert "192.0.2.7" in known[MAC]

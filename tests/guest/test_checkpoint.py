@@ -191,7 +191,7 @@ def full(work: Path) -> Iterator[Path]:
 @pytest.mark.root
 def test_a_failure_in_the_middle(guests: Guests, work: Path, disk: Path, full: Path) -> None:
     """Of two disks one has no room for a snapshot: neither gets one, nor does the guest stay stopped."""
-    source = guests.booted("a", disk=disk, extra=["-drive", f"if=virtio,file={full}"])
+    source = guests.with_disk(disk, extra=["-drive", f"if=none,file={full}"])
     stood = source.wait_count(5)
     done = save(work, "t1", "--snapshot", "internal")
     assert done.status == 1
@@ -201,7 +201,7 @@ def test_a_failure_in_the_middle(guests: Guests, work: Path, disk: Path, full: P
 
 def test_a_snapshot_that_is_there(guests: Guests, work: Path, disk: Path) -> None:
     shell("qemu-img create -q -f qcow2 second.qcow2 1m; qemu-img snapshot -c t1 second.qcow2", work)
-    source = guests.booted("a", disk=disk, extra=["-drive", f"if=virtio,file={work}/second.qcow2"])
+    source = guests.with_disk(disk, extra=["-drive", f"if=none,file={work}/second.qcow2"])
     stood = source.wait_count(5)
     done = save(work, "t1", "--snapshot", "internal")
     assert done.status == 1
@@ -253,7 +253,7 @@ def test_what_is_refused(guests: Guests, work: Path, disk: Path) -> None:
 
 
 def test_a_guest_with_temporary_disks(guests: Guests, work: Path, disk: Path) -> None:
-    guests.booted("a", disk=disk, extra=["-snapshot"])
+    guests.with_disk(disk, extra=["-snapshot"])
     done = save(work, "t1")
     assert done.status == 1
     assert "was opened with -snapshot" in done.err

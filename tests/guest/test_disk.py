@@ -7,7 +7,7 @@ from vm import disk_counts, fsck
 
 
 def test_after_a_failed_restore_the_source_goes_on_writing(guests: Guests, work: Path, disk: Path) -> None:
-    source = guests.booted("a", disk=disk)
+    source = guests.with_disk(disk)
     source.wait_count(5)
     guest = guests.waiting("b", disk=disk, mem=384)
     # One pipeline: what the far end refuses is not given away.
@@ -28,7 +28,7 @@ def test_after_a_failed_restore_the_source_goes_on_writing(guests: Guests, work:
 
 def test_a_loaded_guest_does_not_take_the_images_of_its_source(guests: Guests, work: Path, disk: Path) -> None:
     """The destination has all but the last word; then its sink fails, and the source writes on."""
-    source = guests.booted("a", disk=disk)
+    source = guests.with_disk(disk)
     source.wait_count(5)
     guest = guests.waiting("b", disk=disk)
     done = shell("vm-dump --to 'vm-restore --paused b.qmp && exit 3' a.qmp", work)
@@ -48,7 +48,7 @@ def test_a_loaded_guest_does_not_take_the_images_of_its_source(guests: Guests, w
 
 
 def test_after_a_good_one_only_the_destination_can(guests: Guests, work: Path, disk: Path) -> None:
-    source = guests.booted("a", disk=disk)
+    source = guests.with_disk(disk)
     source.wait_count(5)
     guest = guests.waiting("b", disk=disk)
     assert shell("vm-dump -q -o s a.qmp && vm-restore b.qmp < s", work).status == 0
@@ -73,7 +73,7 @@ def test_after_a_good_one_only_the_destination_can(guests: Guests, work: Path, d
 
 def test_a_locked_image_is_status_5_and_the_way_out_works(guests: Guests, work: Path, disk: Path) -> None:
     """The source runs on when the restored one would run: loaded, but paused, and told so."""
-    source = guests.booted("a", disk=disk)
+    source = guests.with_disk(disk)
     source.wait_count(5)
     assert shell("vm-dump -q --after running -o s a.qmp", work).status == 0
     guest = guests.waiting("b", disk=disk)

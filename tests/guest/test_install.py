@@ -58,8 +58,7 @@ def user(work: Path, prefix: Path) -> Iterator[User]:
 @pytest.mark.nobody
 def test_the_whole_job_as_an_unprivileged_user(guests: Guests, user: User) -> None:
     for_user = {"user": NOBODY}
-    source = guests.booted("a", **for_user)
-    source.wait_count(3)
+    source = guests.running("a", **for_user)
     assert "a.qmp: runs" in user.sh("vm-status a.qmp").text
     done = user.sh(f"vm-dump {LIVE} -q a.qmp | vm-compress | vm-encrypt -r {KEY} > s.vmz.gpg")
     assert (done.status, done.err) == (0, "")

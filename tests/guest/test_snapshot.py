@@ -83,9 +83,7 @@ def test_a_guest_that_stands_stays_so(guests: Guests, work: Path) -> None:
 
 def test_a_slow_sink_does_not_hold_a_guest_that_writes(guests: Guests, work: Path) -> None:
     """What it dirties meanwhile is not sent again: the size of one pass."""
-    source = guests.start("a", append="block=16 dirty=16")
-    source.wait_ready(60)
-    source.wait_count(3)
+    source = guests.running(append="dirty=16")
     done = shell("vm-dump -q --snapshot --speed 40m a.qmp > s; vm-verify -v s", work)
     assert done.status == 0, done.err
     assert source.running()
@@ -96,9 +94,7 @@ def test_a_slow_sink_does_not_hold_a_guest_that_writes(guests: Guests, work: Pat
 
 def test_the_sink_goes_away_and_the_guest_that_writes_goes_on(guests: Guests, work: Path) -> None:
     """QEMU 7.2 cannot end a snapshot early: the guest would wait for ever at its next write to a page not yet sent."""
-    source = guests.start("a", append="block=16 dirty=16")
-    source.wait_ready(60)
-    source.wait_count(3)
+    source = guests.running(append="dirty=16")
     done = shell("vm-dump --snapshot --speed 40m a.qmp | head -c 9000000 > s", work)
     assert done.status == 1
     assert "the reader of standard output went away; the guest runs on" in done.err
@@ -145,8 +141,7 @@ def test_killed_in_the_middle(guests: Guests, work: Path, number: int) -> None:
 
 def test_killed_together_with_its_guard(guests: Guests, work: Path) -> None:
     """Nobody is left who takes what QEMU sends: 7.2 leaves the guest waiting, until it is let go."""
-    source = guests.start("a", append="block=16 dirty=16")
-    source.wait_ready(60)
+    source = guests.running(append="dirty=16")
     process = start(work, f"vm-dump -q --snapshot --speed {RATE} a.qmp > s")
     try:
         until(lambda: active(source), 20, "the snapshot is on its way")
@@ -221,7 +216,7 @@ def its_connection_does_not_break(guests: Guests, work: Path, times: int) -> Non
 def test_a_host_that_forbids_it(guests: Guests, work: Path, forbidden: None) -> None:
     """Without the rights for userfaultfd: a reason, and nothing has begun; or a live dump."""
     os.chmod(work, 0o755)
-    source = guests.booted(user=65534)
+    source = guests.running(user=65534)
     done = shell("vm-dump --snapshot a.qmp > s", work)
     assert done.status == 1
     assert "vm-dump: error: no snapshot of the guest at a.qmp: " in done.err

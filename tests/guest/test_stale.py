@@ -19,17 +19,16 @@ PAUSED = "was paused first, since QEMU 7"
 
 
 @pytest.fixture(scope="session")
-def walk(states: Path) -> Path:
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initramfs of one static program."""
-    folder = states / "walk"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("walk")
     for command in (
         f"gcc -static -O2 -o init {HERE}/walk.c",
         "mkdir dev && mknod dev/console c 5 1",
-        "printf '%s\\n' init dev dev/console | cpio --quiet -o -H newc | gzip > ../walk.gz",
+        "printf '%s\\n' init dev dev/console | cpio --quiet -o -H newc | gzip > walk.gz",
     ):
         subprocess.run(["bash", "-ec", command], cwd=folder, check=True, timeout=120)
-    return states / "walk.gz"
+    return folder / "walk.gz"
 
 
 class Walks(Guests):

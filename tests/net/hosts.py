@@ -114,7 +114,7 @@ def hosts(folder: Path) -> Iterator[Hosts]:
 
 
 def source_on_a(guests: Guests, two: Hosts) -> Guest:
-    return guests.booted("a", qemu=two.qemu("A"), net=two.tap(), append=f"ip={GUEST}/24")
+    return guests.running("a", qemu=two.qemu("A"), net=two.tap(), append=f"ip={GUEST}/24")
 
 
 def waiting_on_b(guests: Guests, two: Hosts) -> Guest:

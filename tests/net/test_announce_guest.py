@@ -25,7 +25,7 @@ def loaded(guests: Guests, two: Hosts, card: str = "") -> Guest:
     """The guest on B, held and silent, that ran on A until now, with properties of its card; QEMU's own move."""
     net = two.tap()
     net[-1] += card
-    source = guests.booted("a", qemu=two.qemu("A"), net=net, append=f"ip={GUEST}/24")
+    source = guests.running("a", qemu=two.qemu("A"), net=net, append=f"ip={GUEST}/24")
     guest = guests.waiting("b", qemu=two.qemu("B"), net=net, append=f"ip={GUEST}/24")
     two.sh("S", f"ping -c 1 -W 5 {GUEST}")
     carry(two, source, guest)
@@ -134,7 +134,7 @@ def neighbour(two: Hosts, address: str, family: str) -> str:
 
 
 def test_the_guests_agent_knows_its_addresses(guests: Guests, two: Hosts, work: Path) -> None:
-    guest = guests.booted("a", qemu=two.qemu("A"), net=two.tap(), append=f"ip={GUEST}/24", agent=True)
+    guest = guests.running("a", qemu=two.qemu("A"), net=two.tap(), append=f"ip={GUEST}/24", agent=True)
     until(lambda: agent_answers(work / "a.agent"), 60, "the agent answers")
     listed = two.sh("A", "vm-announce --list a.qmp").text
     assert f"ARP {GUEST} (the guest's agent)" in listed

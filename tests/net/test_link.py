@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, run
 from guest.judge import as_it_was, went_on
+from guest.test_agent import WITH_AGENT
 from guest.test_link import FEW_ROUNDS, runs
 from vm import disk_counts, fsck, until
 from vmstate.migrate.uri import has_aes
@@ -73,7 +74,7 @@ def test_an_announcement_that_fails_is_a_warning(guests: Guests, two: Hosts, ssh
 def test_it_is_announced_as_by_vm_announce(guests: Guests, two: Hosts, sshd: Path, work: Path) -> None:
     """With what its agent knows, and the frames are seen to leave; -v of the receiver says so."""
     agent = {"agent": True, "append": f"ip={GUEST}/24"}
-    source = guests.booted("a", qemu=two.qemu("A"), net=two.tap(), **agent)
+    source = guests.running("a", qemu=two.qemu("A"), net=two.tap(), **agent)
     there = guests.waiting("b", qemu=two.qemu("B"), net=two.tap(), **agent)
     capture = two.background("B", "exec tcpdump -U -i eth0 -w announced.pcap arp 2> tcpdump.err")
     words = work / "tcpdump.err"
@@ -164,17 +165,6 @@ def test_ssh_dies(guests: Guests, two: Hosts, sshd: Path, who: str, kind: str) -
 # Disks
 
 
-def with_disk(disk: Path, kind: str) -> dict[str, object]:
-    if kind == "qcow2":
-        return {"disk": disk}
-    raw = disk.with_suffix(".raw")
-    if not raw.exists():
-        done = run("qemu-img", "convert", "-O", "raw", disk, raw)
-        assert done.status == 0, done.err
-    drive = f"if=none,id=disk0,format=raw,file={raw}"
-    return {"append": "disk", "extra": ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0"]}
-
-
 def log_of(disk: Path, kind: str) -> list[int]:
     if kind == "raw":
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk.with_suffix(".raw"), disk)
@@ -185,10 +175,10 @@ def log_of(disk: Path, kind: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
 def test_a_disk_that_both_see(guests: Guests, two: Hosts, sshd: Path, disk: Path, kind: str) -> None:
-    more = with_disk(disk, kind)
-    source = guests.booted("a", qemu=two.qemu("A"), **more)
+    path = disk.with_suffix(f".{kind}")
+    source = guests.with_disk(path, qemu=two.qemu("A"))
     source.wait_count(5)
-    there = guests.waiting("b", qemu=two.qemu("B"), **more)
+    there = guests.waiting("b", qemu=two.qemu("B"), disk=path)
     done = move(two, sshd)
     assert (done.status, done.err) == (0, "")
     stood = source.count() or 0
@@ -204,9 +194,9 @@ def test_a_disk_that_both_see(guests: Guests, two: Hosts, sshd: Path, disk: Path
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
 def test_a_disk_of_one_taken_back(guests: Guests, two: Hosts, sshd: Path, disk: Path, kind: str) -> None:
     """The other one is loaded, and has not taken the image."""
-    more = with_disk(disk, kind)
-    source = guests.booted("a", qemu=two.qemu("A"), **more)
-    there = guests.waiting("b", qemu=two.qemu("B"), **more)
+    path = disk.with_suffix(f".{kind}")
+    source = guests.with_disk(path, qemu=two.qemu("A"))
+    there = guests.waiting("b", qemu=two.qemu("B"), disk=path)
     done = move(two, sshd, before=link_fault("L", "before", "cut"))
     assert done.status == 1, done.err
     until(lambda: there.status() == "paused", 10, "loaded", lambda: f"{there.status()} {done.err} {there.stderr()}")
@@ -221,7 +211,7 @@ def test_a_disk_of_one_taken_back(guests: Guests, two: Hosts, sshd: Path, disk: 
 
 def test_a_disk_locked_by_another(guests: Guests, two: Hosts, sshd: Path, disk: Path) -> None:
     """Granted, but it cannot run: the way out is printed, and works once the lock is gone."""
-    source = guests.booted("a", qemu=two.qemu("A"), disk=disk)
+    source = guests.with_disk(disk, qemu=two.qemu("A"))
     there = guests.waiting("b", qemu=two.qemu("B"), disk=disk)
     before, uri = link_fault("G", "before", "pause", "6"), f"ssh://hostb{two.folder}/b.qmp"
     ssh = f"VM_SSH={shlex.quote(f'{before}ssh -F {sshd}')}"
@@ -245,7 +235,7 @@ def test_a_disk_locked_by_another(guests: Guests, two: Hosts, sshd: Path, disk: 
 
 
 def test_a_disk_that_is_another_there(guests: Guests, two: Hosts, sshd: Path, disk: Path, work: Path) -> None:
-    source = guests.booted("a", qemu=two.qemu("A"), disk=disk)
+    source = guests.with_disk(disk, qemu=two.qemu("A"))
     other = work / "other.qcow2"
     assert run("qemu-img", "create", "-q", "-f", "qcow2", other, "64M").status == 0
     guests.waiting("b", qemu=two.qemu("B"), disk=other)
@@ -257,8 +247,8 @@ def test_a_disk_that_is_another_there(guests: Guests, two: Hosts, sshd: Path, di
 
 def test_the_guest_keeps_its_time(guests: Guests, two: Hosts, sshd: Path) -> None:
     """The monotonic clock never goes back, and the wall clock is set by the agent where asked to."""
-    source = guests.booted("a", qemu=two.qemu("A"), agent=True)
-    there = guests.waiting("b", qemu=two.qemu("B"), agent=True)
+    source = guests.running("a", qemu=two.qemu("A"), **WITH_AGENT)
+    there = guests.waiting("b", qemu=two.qemu("B"), **WITH_AGENT)
     source.wait_count(3)
     # Slow, so that the guest stands still for long enough to tell.
     done = move(two, sshd, "--clock", before=link_fault("L", "before", "pause", "3"))

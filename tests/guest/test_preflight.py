@@ -57,8 +57,9 @@ def test_a_pair_that_fits(guests: Guests, work: Path) -> None:
 
 def test_a_guest_whose_firmware_has_numbered_its_bridges(guests: Guests) -> None:
     """There `query-pci` of the waiting one is silent about what is behind them."""
-    extra = ["-device", "pcie-root-port,id=p,chassis=1", "-device", "virtio-rng-pci,bus=p", "-cpu", "qemu64,-svm"]
-    source, there = guests.booted("a", extra=extra), guests.waiting("b", extra=extra)
+    extra = ["-device", "pcie-root-port,id=p,chassis=1", "-device", "virtio-rng-pci,bus=p"]
+    source, there = guests.start("a", kind="metal", extra=extra), guests.waiting("b", kind="metal", extra=extra)
+    source.wait_ready()
     assert compare(known(source), known(there)) == []
     assert {"0000:00:02.0", "0000:00:02.0:00.0"} <= {device["at"] for device in known(source)["devices"]}
 

@@ -163,6 +163,15 @@ class Guests:
         self._started.append(guest)
         return guest
 
+    def dumped(self, path: Path, **kwargs: Any) -> int:
+        """A state that vm-dump has made of one that ran, once a run, as the file `path`; the count where it stood."""
+        kept = saved_guest(self._states, **kwargs).with_suffix(".dump")
+        with made_once(kept):
+            if not kept.exists():
+                _run_and_dump(kept, kwargs)
+        shutil.copy(kept, path)
+        return int(kept.with_suffix(".count").read_text())
+
     def booted(self, name: str = "a", **kwargs: Any) -> Guest:
         """One that boots (it has a disk, or options of its own)."""
         guest = self.start(name, **kwargs)
@@ -180,6 +189,16 @@ class Guests:
     def end(self) -> None:
         for guest in self._started:
             guest.end()
+
+
+def _run_and_dump(kept: Path, kwargs: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="vm-") as folder:
+        with start_from(kept.with_suffix(".state"), Path(folder), "a", **kwargs) as source:
+            source.wait_count(1)
+            done = run("vm-dump", "-q", "-o", "s", "a.qmp", cwd=folder)
+            assert done.status == 0, done.err
+            kept.with_suffix(".count").write_text(str(source.count()))
+        shutil.move(Path(folder, "s"), kept)
 
 
 def _boot_with_disk(states: Path, image: Path) -> None:

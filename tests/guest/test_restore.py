@@ -19,9 +19,7 @@ from guest.judge import as_it_was, still_waits, used_up, went_on
 @pytest.fixture
 def saved(guests: Guests, work: Path) -> Path:
     """A whole state `s` in the work folder; its source has ended."""
-    source = guests.running()
-    assert shell("vm-dump -q -o s a.qmp", work).status == 0
-    source.end()
+    guests.dumped(work / "s")
     return work / "s"
 
 

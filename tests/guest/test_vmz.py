@@ -29,9 +29,10 @@ FLAGS = 16
 
 @dataclass
 class File:
-    """The bytes of a .vmz, and where its end record and its seek table begin."""
+    """The bytes of a .vmz, where its end record and its seek table begin, and the count at which its guest stood."""
 
     data: bytes
+    stood: int = 0
 
     def __post_init__(self) -> None:
         (count,) = struct.unpack_from("<I", self.data, len(self.data) - SEEK_END)
@@ -49,21 +50,13 @@ def file(states: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fil
     folder = tmp_path_factory.mktemp("vmz")
     made = Guests(folder, states)
     try:
-        made.running()
-        assert shell("vm-dump -q a.qmp | vm-compress > s.vmz", folder).status == 0
+        source = made.running()
+        done = shell("vm-dump -q a.qmp | vm-compress > s.vmz", folder)
+        assert (done.status, done.err) == (0, "")
+        stood = source.count() or 0
     finally:
         made.end()
-    yield File((folder / "s.vmz").read_bytes())
-
-
-def dumped(guests: Guests, work: Path) -> int:
-    """s.vmz, of a guest that is gone then; the count at which it stood."""
-    source = guests.running()
-    done = shell("vm-dump -q a.qmp | vm-compress > s.vmz", work)
-    assert (done.status, done.err) == (0, "")
-    stood = source.count() or 0
-    source.end()
-    return stood
+    yield File((folder / "s.vmz").read_bytes(), stood)
 
 
 # There and back
@@ -80,12 +73,12 @@ def dumped(guests: Guests, work: Path) -> int:
         "zstd -qdc s.vmz | vm-restore b.qmp",
     ],
 )
-def test_there_and_back(line: str, guests: Guests, work: Path) -> None:
-    stood = dumped(guests, work)
+def test_there_and_back(line: str, guests: Guests, work: Path, file: File) -> None:
+    (work / "s.vmz").write_bytes(file.data)
     guest = guests.waiting()
     done = shell(line, work)
     assert (done.status, done.err) == (0, "")
-    went_on(stood, guest)
+    went_on(file.stood, guest)
 
 
 def test_while_it_runs_and_without_a_file_between(guests: Guests, work: Path) -> None:

@@ -14,6 +14,14 @@ def went_on(source_count: int, guest: Guest) -> None:
     assert len(set(guest.sums())) == 1
 
 
+def ram(guest: Guest, begin: int = 1 << 20) -> bytes:
+    """What QEMU itself says is in its RAM, from where nothing hides it."""
+    path = guest.path("pmem")
+    with guest.connect(timeout=60) as qmp:
+        qmp.cmd("pmemsave", val=begin, size=(guest.mem << 20) - begin, filename=str(path))
+    return path.read_bytes()
+
+
 def same_memory(source: Guest, guest: Guest) -> None:
     assert guest.wait_sum() == source.sums()[-1]
 

@@ -117,7 +117,7 @@ def test_into_a_command(guests: Guests, work: Path) -> None:
     assert done.status == 1
     assert "ended with status 3; the guest runs on" in done.err
     as_it_was(source)
-    done = shell("vm-migrate -v a.qmp 'exec:gzip -1 -c > s.gz' && gzip -dc s.gz | vm-verify", work)
+    done = shell("vm-migrate -v a.qmp 'exec:zstd -q -c > s.zst' && zstd -qdc s.zst | vm-verify", work)
     assert done.status == 0, done.err
     assert source.status() == "postmigrate"
     # A file is no guest that runs.

@@ -19,7 +19,7 @@ KEY = "me@example.org"
 
 @pytest.mark.parametrize(
     ("seal", "unseal"),
-    [(f"gpg -q -e -r {KEY}", "gpg -q -d"), (f"vm-encrypt -r {KEY}", "vm-encrypt -d")],
+    [(f"gpg -q -e -z 0 -r {KEY}", "gpg -q -d"), (f"vm-encrypt -r {KEY}", "vm-encrypt -d")],
 )
 def test_over_nc(guests: Guests, two: Hosts, gnupg: Path, seal: str, unseal: str) -> None:
     source, guest = source_on_a(guests, two), waiting_on_b(guests, two)

@@ -35,7 +35,7 @@ class Life:
         wire = f"local.type=unix,local.path={self.folder}/{name}.net,remote.type=unix,remote.path={self.folder}/wire"
         card = f"{self.card},netdev=net0,id=card,bus=slot1,romfile="
         net = ["-device", "pcie-root-port,id=slot1,slot=1", "-netdev", f"dgram,id=net0,{wire}", "-device", card]
-        return {"mem": 192, "net": net, "append": "dirty=8 tick=0.02"}
+        return {"mem": 192, "net": net, "append": "block=4 dirty=1"}
 
     def running(self, name: str = "a") -> Guest:
         saved = Life(self.states, self.states, self.card)
@@ -275,9 +275,11 @@ def reboot_from_within(_life: Life, guest: Guest) -> None:
     _boots(guest)
 
 
-DEEDS: tuple[Callable[[Life, Guest], None], ...] = (settings_as_before, link_down_and_up, unplug_and_plug)
+Deeds = tuple[Callable[[Life, Guest], None], ...]
+DEEDS: Deeds = (settings_as_before, link_down_and_up, unplug_and_plug)
 DEEDS += (savevm_and_loadvm, migration_by_qemu, snapshot_of_ours, stop_and_dump, status_without_advice)
-DEEDS += (reset, reboot_from_within)
+BOOTS = (reset, reboot_from_within)
+DEEDS += BOOTS
 # In postcopy until it has all of its pages, QEMU cannot save it.
 NOT_ON_DEMAND = {settings_as_before, savevm_and_loadvm, migration_by_qemu, snapshot_of_ours, stop_and_dump}
 NOT_ON_DEMAND |= {status_without_advice}
@@ -302,11 +304,13 @@ def _switched_on(guest: Guest) -> list[str]:
     return [c["capability"] for c in guest.cmd("query-migrate-capabilities") if c["state"]]
 
 
-def lives_on(life: Life, way: Callable[[Life], Guest]) -> None:
+def lives_on(
+    life: Life, way: Callable[[Life], Guest], deeds: tuple[Callable[[Life, Guest], None], ...] = DEEDS
+) -> None:
     """The guest goes on after the way, and does each deed and goes on; what fails is named by the deed."""
     guest = way(life)
     assert guest.running(), guest.status()
-    for deed in DEEDS:
+    for deed in deeds:
         if way is on_demand and deed in NOT_ON_DEMAND:
             continue
         try:
@@ -316,13 +320,26 @@ def lives_on(life: Life, way: Callable[[Life], Guest]) -> None:
             raise AssertionError(f"{deed.__name__}: {error}; QEMU: {guest.stderr()}") from error
 
 
-# Each way once, the cards in turn; all of them with each card in tests/long/check_life_after.py.
-TURNS = [pytest.param(CARDS[at % 3], way, id=f"{way.__name__}-{CARDS[at % 3]}") for at, way in enumerate(WAYS)]
+# Each way once, the cards in turn, and one of the two boots in turn, which take longest; the other boot only in
+# `make check-rest`; all ways with each card and both in tests/long/check_life_after.py.
+TURNS = [
+    pytest.param(CARDS[at % 3], way, BOOTS[at % 2], id=f"{way.__name__}-{CARDS[at % 3]}") for at, way in enumerate(WAYS)
+]
+OTHERS = [
+    pytest.param(CARDS[at % 3], way, BOOTS[1 - at % 2], id=f"{way.__name__}-{CARDS[at % 3]}")
+    for at, way in enumerate(WAYS)
+]
 
 
-@pytest.mark.parametrize(("life", "way"), TURNS, indirect=["life"])
-def test_a_guest_lives_on(life: Life, way: Callable[[Life], Guest]) -> None:
-    lives_on(life, way)
+@pytest.mark.parametrize(("life", "way", "boot"), TURNS, indirect=["life"])
+def test_a_guest_lives_on(life: Life, way: Callable[[Life], Guest], boot: Callable[[Life, Guest], None]) -> None:
+    lives_on(life, way, (*(deed for deed in DEEDS if deed not in BOOTS), boot))
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(("life", "way", "boot"), OTHERS, indirect=["life"])
+def test_a_guest_boots(life: Life, way: Callable[[Life], Guest], boot: Callable[[Life, Guest], None]) -> None:
+    lives_on(life, way, (boot,))
 
 
 def test_a_user_who_silenced_qemu_is_heard(work: Path, states: Path) -> None:

@@ -227,8 +227,17 @@ def test_a_signal_at_any_moment(guests: Guests, work: Path, number: signal.Signa
         assert not list(work.glob("*.part"))
 
 
-@pytest.mark.parametrize("mode", ["", "--stop"])
-@pytest.mark.parametrize("moment", [0.0, 0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.3])
+MOMENTS = [0.0, 0.03, 0.06, 0.09, 0.12, 0.15, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "moment"),
+    [
+        pytest.param(mode, moment, marks=pytest.mark.more if (at + bool(mode)) % 2 else ())
+        for mode in ("", "--stop")
+        for at, moment in enumerate(MOMENTS)
+    ],
+)
 def test_kill_9_at_any_moment(guests: Guests, work: Path, mode: str, moment: float) -> None:
     """Before the sink is proven the guest runs on; after that its state is whole."""
     source = guests.running()

@@ -58,7 +58,7 @@ def test_a_guest_that_has_given_its_state_away(guests: Guests, work: Path) -> No
 
 def test_a_device_that_cannot_be_saved(guests: Guests, work: Path) -> None:
     drive = ["-drive", "if=none,id=d0,driver=null-co,read-zeroes=on", "-device", "nvme,drive=d0,serial=x"]
-    source = guests.start("a", kind="metal", mem=64, extra=drive)
+    source = guests.booted("a", kind="metal", mem=24, extra=drive)
     for mode in ("", "--stop"):
         done = shell(f"vm-dump {mode} a.qmp | cat", work)
         refused(done, 1, "cannot be saved: ")
@@ -68,9 +68,8 @@ def test_a_device_that_cannot_be_saved(guests: Guests, work: Path) -> None:
 
 def test_what_blocks_is_named_before_anything_is_touched(guests: Guests, work: Path) -> None:
     Path(work, "folder").mkdir()
-    source = guests.start(
-        "a", kind="metal", mem=64, extra=["-drive", f"if=virtio,format=raw,file=fat:rw:{work}/folder"]
-    )
+    drive = ["-drive", f"if=virtio,format=raw,file=fat:rw:{work}/folder"]
+    source = guests.booted("a", kind="metal", mem=24, extra=drive)
     reasons = source.cmd("query-migrate")["blocked-reasons"]
     done = shell("vm-dump a.qmp | cat; vm-dump -n a.qmp", work)
     assert done.err.count(f"cannot be saved: {reasons[0]}") == 2
@@ -78,7 +77,7 @@ def test_what_blocks_is_named_before_anything_is_touched(guests: Guests, work: P
 
 
 def test_a_guest_without_a_description(guests: Guests, work: Path) -> None:
-    source = guests.start("a", kind="metal", mem=64, machine="q35,suppress-vmdesc=on")
+    source = guests.booted("a", kind="metal", mem=24, machine="q35,suppress-vmdesc=on")
     refused(shell("vm-dump a.qmp | cat", work), 1, "writes states without a description (suppress-vmdesc=on)")
     as_it_was(source)
 

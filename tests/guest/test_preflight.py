@@ -57,8 +57,9 @@ def test_a_pair_that_fits(guests: Guests, work: Path) -> None:
 
 def test_a_guest_whose_firmware_has_numbered_its_bridges(guests: Guests) -> None:
     """There `query-pci` of the waiting one is silent about what is behind them."""
-    extra = ["-device", "pcie-root-port,id=p,chassis=1", "-device", "virtio-rng-pci,bus=p"]
-    source, there = guests.start("a", kind="metal", extra=extra), guests.waiting("b", kind="metal", extra=extra)
+    ports = ["-device", "pcie-root-port,id=p,chassis=1", "-device", "virtio-rng-pci,bus=p"]
+    small: dict[str, Any] = {"kind": "metal", "mem": 24, "extra": ports}
+    source, there = guests.start("a", **small), guests.waiting("b", **small)
     source.wait_ready()
     assert compare(known(source), known(there)) == []
     assert {"0000:00:02.0", "0000:00:02.0:00.0"} <= {device["at"] for device in known(source)["devices"]}

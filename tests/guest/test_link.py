@@ -821,9 +821,7 @@ METAL = {"kind": "metal", "mem": 80, "append": "dirty=4000"}
 
 
 def busy(guests: Guests) -> tuple[Guest, Guest]:
-    source, there = guests.start("a", **METAL), guests.waiting("b", **METAL)
-    source.wait_count(3)
-    return source, there
+    return guests.running("a", **METAL), guests.waiting("b", **METAL)
 
 
 def test_postcopy(guests: Guests, work: Path) -> None:
@@ -926,9 +924,10 @@ class Firmware(Guest):
 
 
 def test_a_guest_in_its_firmware(work: Path) -> None:
-    with Firmware(work, "a", kind="metal").start() as source:
+    # A nested KVM emulates real mode, which takes it longer than TCG.
+    with Firmware(work, "a", kind="metal", accel="tcg").start() as source:
         until(lambda: "No bootable device" in source.said(), 30, "it has nothing to boot")
-        with Firmware(work, "b", kind="metal", incoming="defer").start() as there:
+        with Firmware(work, "b", kind="metal", accel="tcg", incoming="defer").start() as there:
             done = move(work, link())
             assert (done.status, done.err) == (0, "")
             assert there.status() == "running"

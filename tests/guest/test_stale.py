@@ -7,10 +7,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import AS_TYPED, LIVE, Done, Guests, shell
-from vm import Guest
+from vm import Guest, made_once
 
 HERE = Path(__file__).parent
 # Enough rounds for each page to be sent again several times, and little time in each.
@@ -19,26 +20,31 @@ PAUSED = "was paused first, since QEMU 7"
 
 
 @pytest.fixture(scope="session")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def walk(states: Path) -> Path:
     """An initramfs of one static program."""
-    folder = tmp_path_factory.mktemp("walk")
-    for command in (
-        f"gcc -static -O2 -o init {HERE}/walk.c",
-        "mkdir dev && mknod dev/console c 5 1",
-        "printf '%s\\n' init dev dev/console | cpio --quiet -o -H newc | gzip > walk.gz",
-    ):
-        subprocess.run(["bash", "-ec", command], cwd=folder, check=True, timeout=120)
-    return folder / "walk.gz"
+    made = states / "walk.gz"
+    with made_once(made):
+        if not made.exists():
+            folder = states / "walk"
+            folder.mkdir()
+            for command in (
+                f"gcc -static -O2 -o init {HERE}/walk.c",
+                "mkdir dev && mknod dev/console c 5 1",
+                f"printf '%s\\n' init dev dev/console | cpio --quiet -o -H newc | gzip > {made}",
+            ):
+                subprocess.run(["bash", "-ec", command], cwd=folder, check=True, timeout=120)
+    return made
 
 
 class Walks(Guests):
     """Guests of that program."""
 
     def walking(self, name: str, initrd: Path, incoming: str | None = None) -> Guest:
-        extra = ["-initrd", str(initrd), "-cpu", "max"]
-        guest = self.start(name, mem=128, net=[], incoming=incoming, extra=extra)
-        if not incoming:
-            guest.wait_count(3)
+        machine: dict[str, Any] = {"mem": 128, "net": [], "extra": ["-initrd", str(initrd), "-cpu", "max"]}
+        if incoming:
+            return self.start(name, incoming=incoming, **machine)
+        guest = self.running(name, **machine)
+        guest.wait_count((guest.count() or 0) + 2)
         return guest
 
 

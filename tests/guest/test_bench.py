@@ -25,7 +25,7 @@ more = pytest.mark.more
     ("cases", "pictures"),
     [
         pytest.param(CASES, {"speed.svg", "limits.svg", "pauses.svg"}, id="alone", marks=more),
-        pytest.param({"start", "dump", "restore"}, {"speed.svg", "limits.svg"}, id="few"),
+        pytest.param({"start", "verify"}, {"speed.svg", "limits.svg"}, id="few"),
         pytest.param(PACKED, {"speed.svg", "limits.svg", "lazy.svg", "asked.svg"}, id="packed", marks=more),
         pytest.param(MOVES, {"speed.svg", "limits.svg", "gaps.svg"}, id="moves", marks=[*NAMESPACES, more]),
     ],

@@ -16,6 +16,7 @@ from vm import Guest, disk_counts, fsck, until
 
 from guest.judge import as_it_was
 from guest.test_failure import dumper, end, start
+from guest.test_restore import SMALL
 
 MODES = ["overlay", "internal"]
 SAVE = "vm-dump -q {how} --disks {tag} --disks-mode {mode} --manifest {tag}.json --to 'vm-compress > {tag}.vmz' a.qmp"
@@ -290,14 +291,13 @@ def test_what_a_restore_refuses(guests: Guests, work: Path, disk: Path) -> None:
 
 def test_a_state_is_restored_once(guests: Guests, work: Path) -> None:
     """The state of a move, whose disks went on."""
-    source = guests.running()
-    assert shell("vm-dump -q a.qmp | vm-compress > s.vmz", work).status == 0
-    source.end()
+    guests.dumped(work / "s", **SMALL)
+    assert shell("vm-compress -o s.vmz s", work).status == 0
     for name, how in (("b", ""), ("c", "--lazy")):
-        guests.waiting(name)
+        guests.waiting(name, **SMALL)
         done = shell(f"vm-restore --used-states notes-{name} {how} {name}.qmp < s.vmz", work)
         assert done.status == 0, done.err
-        second = guests.waiting(f"{name}2")
+        second = guests.waiting(f"{name}2", **SMALL)
         for again in ("", "--lazy"):
             done = shell(f"vm-restore --used-states notes-{name} {again} {name}2.qmp < s.vmz", work)
             assert done.status == 4
@@ -305,7 +305,7 @@ def test_a_state_is_restored_once(guests: Guests, work: Path) -> None:
             assert f"take the line out of notes-{name}" in done.err
             if again == "":
                 second.end()
-                second = guests.waiting(f"{name}2")
+                second = guests.waiting(f"{name}2", **SMALL)
         assert second.status() == "inmigrate"
 
 

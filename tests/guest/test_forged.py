@@ -15,6 +15,7 @@ from vmstate.io.descriptors import HOLD
 from vmstate.stream.description import description_at_end
 
 from guest.judge import used_up
+from guest.test_restore import SMALL
 
 KEY = "me@example.org"
 SEED = 20261125
@@ -34,7 +35,7 @@ def messages(states: Path, gnupg: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("forged")
     made = Guests(folder, states)
     try:
-        made.running()
+        made.running(**SMALL)
         script = f"""
             vm-dump -q -o s a.qmp && vm-compress -o s.vmz s &&
             for file in s s.vmz; do for n in 1 2; do vm-encrypt -r {KEY} -o $file.$n $file; done; done
@@ -63,7 +64,7 @@ def never_ran(guest: Guest) -> None:
 def test_only_a_whole_one_runs(chain: str, guests: Guests, work: Path, messages: dict[str, bytes]) -> None:
     line, packed = CHAINS[chain]
     one, other = (messages[f"s.vmz.{n}" if packed else f"s.{n}"] for n in (1, 2))
-    target = guests.waiting()
+    target = guests.waiting(**SMALL)
     for what, message in damaged(one, other, random.Random(SEED)):
         (work / "m").write_bytes(message)
         done = shell(f'{line}; echo "${{PIPESTATUS[@]}}"', work)
@@ -74,7 +75,7 @@ def test_only_a_whole_one_runs(chain: str, guests: Guests, work: Path, messages:
         never_ran(target)
         if used_up(target):
             target.end()
-            target = guests.waiting()
+            target = guests.waiting(**SMALL)
     (work / "m").write_bytes(one)
     assert shell(line, work).status == 0
     assert target.running()

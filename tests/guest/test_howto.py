@@ -51,11 +51,11 @@ def is_the_same(guests: Guests, guest: Guest, stood: int, memory: bytes) -> None
 
 
 def test_gzip_in_the_monitor_and_back(guests: Guests, work: Path) -> None:
-    stood = saved_in_the_monitor(guests, f"gzip -c > {work}/STATEFILE.gz")
-    guest = guests.waiting()
+    source = guests.running(**SMALL)
+    stood, memory = typed(source, f"gzip -c > {work}/STATEFILE.gz"), ram(source)
+    guest = guests.waiting(**SMALL)
     assert shell("gzip -c -d STATEFILE.gz | vm-restore b.qmp", work).status == 0
-    assert guest.status() == "paused"
-    goes_on(guests, guest, stood)
+    is_the_same(guests, guest, stood, memory)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from vmstate.migrate.preflight import compare, facts
 from vmstate.qemu import answers, cpu_features
 from vmstate.qemu.monitor import Monitor
 
+from guest.test_restore import SMALL
+
 
 def known(guest: Guest) -> dict[str, Any]:
     """Its facts, as they travel."""
@@ -58,7 +60,7 @@ def test_a_pair_that_fits(guests: Guests, work: Path) -> None:
 def test_a_guest_whose_firmware_has_numbered_its_bridges(guests: Guests) -> None:
     """There `query-pci` of the waiting one is silent about what is behind them."""
     ports = ["-device", "pcie-root-port,id=p,chassis=1", "-device", "virtio-rng-pci,bus=p"]
-    small: dict[str, Any] = {"kind": "metal", "mem": 24, "extra": ports}
+    small: dict[str, Any] = {**SMALL, "extra": ports}
     source, there = guests.start("a", **small), guests.waiting("b", **small)
     source.wait_ready()
     assert compare(known(source), known(there)) == []

@@ -8,6 +8,7 @@ import pytest
 from conftest import Done, Guests, shell
 
 from guest.judge import as_it_was, still_waits
+from guest.test_restore import SMALL
 
 
 def refused(done: Done, status: int, words: str) -> None:
@@ -58,7 +59,7 @@ def test_a_guest_that_has_given_its_state_away(guests: Guests, work: Path) -> No
 
 def test_a_device_that_cannot_be_saved(guests: Guests, work: Path) -> None:
     drive = ["-drive", "if=none,id=d0,driver=null-co,read-zeroes=on", "-device", "nvme,drive=d0,serial=x"]
-    source = guests.booted("a", kind="metal", mem=24, extra=drive)
+    source = guests.booted(extra=drive, **SMALL)
     for mode in ("", "--stop"):
         done = shell(f"vm-dump {mode} a.qmp | cat", work)
         refused(done, 1, "cannot be saved: ")
@@ -69,7 +70,7 @@ def test_a_device_that_cannot_be_saved(guests: Guests, work: Path) -> None:
 def test_what_blocks_is_named_before_anything_is_touched(guests: Guests, work: Path) -> None:
     Path(work, "folder").mkdir()
     drive = ["-drive", f"if=virtio,format=raw,file=fat:rw:{work}/folder"]
-    source = guests.booted("a", kind="metal", mem=24, extra=drive)
+    source = guests.booted(extra=drive, **SMALL)
     reasons = source.cmd("query-migrate")["blocked-reasons"]
     done = shell("vm-dump a.qmp | cat; vm-dump -n a.qmp", work)
     assert done.err.count(f"cannot be saved: {reasons[0]}") == 2
@@ -77,7 +78,7 @@ def test_what_blocks_is_named_before_anything_is_touched(guests: Guests, work: P
 
 
 def test_a_guest_without_a_description(guests: Guests, work: Path) -> None:
-    source = guests.booted("a", kind="metal", mem=24, machine="q35,suppress-vmdesc=on")
+    source = guests.booted(machine="q35,suppress-vmdesc=on", **SMALL)
     refused(shell("vm-dump a.qmp | cat", work), 1, "writes states without a description (suppress-vmdesc=on)")
     as_it_was(source)
 

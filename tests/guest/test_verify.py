@@ -17,6 +17,7 @@ from vmstate.stream.reader import StateReader
 from vmstate.stream.records import Packed, Pages
 
 from guest.judge import still_waits, went_on
+from guest.test_restore import SMALL
 
 MIB = 1 << 20
 # Where a PC has RAM of the block pc.ram at its own address (there is less than 2 GiB of it), and no window into ROM.
@@ -121,10 +122,10 @@ def test_against_another(guests: Guests, work: Path, other: dict[str, object], w
 
 
 def test_two_vcpus_against_one(guests: Guests, work: Path) -> None:
-    two = {"kind": "metal", "extra": ["-smp", "2"]}
+    two = {**SMALL, "extra": ["-smp", "2"]}
     dumped(guests, work, **two)
     assert len(json.loads(shell("vm-inspect --json s", work).out)["vcpus"]) == 2
-    guest = guests.waiting(kind="metal")
+    guest = guests.waiting(**SMALL)
     refused(shell("vm-verify --against b.qmp s", work), 4, "the state has 2 vCPUs, the guest at b.qmp has 1")
     guest.end()
     guests.waiting(**two)
@@ -135,7 +136,7 @@ def behind_bridges(card: str) -> dict[str, object]:
     """A guest with a card behind a root port, and one behind a bridge that is itself behind a root port."""
     ports = ["-device", "pcie-root-port,id=p,chassis=1", "-device", "pcie-root-port,id=o,chassis=2"]
     cards = ["-device", f"{card},bus=p", "-device", f"{card},bus=q,addr=1"]
-    return {"kind": "metal", "extra": [*ports, "-device", "pcie-pci-bridge,id=q,bus=o", *(cards if card else [])]}
+    return {**SMALL, "extra": [*ports, "-device", "pcie-pci-bridge,id=q,bus=o", *(cards if card else [])]}
 
 
 def test_against_one_with_bridges(guests: Guests, work: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Done, Guests, run
 from guest.judge import as_it_was, went_on
-from guest.test_agent import WITH_AGENT
+from guest.test_agent import WITH_AGENT, answering
 from guest.test_link import FEW_ROUNDS, runs
 from vm import disk_counts, fsck, until
 from vmstate.migrate.uri import has_aes
@@ -249,7 +249,7 @@ def test_the_guest_keeps_its_time(guests: Guests, two: Hosts, sshd: Path) -> Non
     """The monotonic clock never goes back, and the wall clock is set by the agent where asked to."""
     source = guests.running("a", qemu=two.qemu("A"), **WITH_AGENT)
     there = guests.waiting("b", qemu=two.qemu("B"), **WITH_AGENT)
-    source.wait_count(3)
+    answering(source)
     # Slow, so that the guest stands still for long enough to tell.
     done = move(two, sshd, "--clock", before=link_fault("L", "before", "pause", "3"))
     assert (done.status, done.err) == (0, "")

@@ -29,7 +29,8 @@ settings.load_profile("here")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-BIN = Path(sys.executable).parent
+# Where the commands are; the bench has them installed.
+BIN = Path(os.environ.get("VM_BIN") or Path(sys.executable).parent)
 os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin"
 os.environ.setdefault("LC_ALL", "C.UTF-8")
 

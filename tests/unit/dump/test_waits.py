@@ -86,6 +86,6 @@ def test_the_watchdog_waits_as_long_as_another_holds_the_monitor(
             guard = Guard(path, saved.owner)
         guard.leave()
         time.sleep(6)
-        assert os.waitpid(guard._child, os.WNOHANG)[0] == 0
-    until(lambda: os.waitpid(guard._child, os.WNOHANG)[0], 20, "the watchdog ends")
+        assert os.waitpid(guard.pid, os.WNOHANG)[0] == 0
+    until(lambda: os.waitpid(guard.pid, os.WNOHANG)[0], 20, "the watchdog ends")
     assert (qemu.settings(), qemu.objects, qemu.run) == (before, {}, "running")

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from .. import __version__, stdio
 from ..errors import CannotDo, Damaged, InDoubt, Stopped, VmstateError, WrongUsage
 from ..report import Report
-from ..signals import PUT_BACK, stop_on_signal
+from ..signals import PUT_BACK, no_more_signals, stop_on_signal
 from .options import Options, guest_path
 
 Main = Callable[[Options, Report], int | None]
@@ -142,14 +142,22 @@ def _unknown(usage: str) -> str:
 
 
 def _die_of(number: int) -> NoReturn:
+    _release()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)
 
 
-def _leave(status: int) -> NoReturn:
+def _release() -> None:
+    """What it holds of a QEMU ends with it; nothing of that changes its outcome."""
     if claim := sys.modules.get("vmstate.qemu.claim"):
-        claim.release()
+        no_more_signals()
+        with contextlib.suppress(Exception):
+            claim.release()
+
+
+def _leave(status: int) -> NoReturn:
+    _release()
     # Whatever stands in Python's own buffers has been flushed; closing down the interpreter could only fail again.
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()

@@ -145,7 +145,8 @@ class Dump:
         return self._told
 
     def _pace(self, live: bool) -> Pace:
-        return Pace(self._plan.path, self._plan.limits, live, self._migration.saved, self._report)
+        migration = self._migration
+        return Pace(self._plan.path, self._plan.limits, live, migration.saved, self._report, migration.shut_down)
 
     def _may_ask(self) -> bool:
         """Whether the status of QEMU's migration is that of ours by now."""
@@ -268,8 +269,8 @@ class Dump:
             text = "the migration was cancelled"
         elif text.startswith("QEMU gave up") and guest_state.reason not in text:
             text += f": {guest_state.reason}"
-        hints = error.hints if isinstance(error, VmstateError) else ()
-        return CannotDo(f"{text}; the guest {words_of(guest_state.run)}", *hints)
+        stands = "" if self._migration.off else f"; the guest {words_of(guest_state.run)}"
+        return CannotDo(text + stands, *(error.hints if isinstance(error, VmstateError) else ()))
 
     def _outcome(self, saved: State, downtime: float | None, state: str) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 
 from ..errors import CannotDo, VmstateError
 from ..qemu.limits import Convergence, Limits
@@ -19,15 +20,25 @@ HINT = "a faster sink, a higher --downtime, --stop or --snapshot may help"
 class Pace:
     """While this context lasts; a limit that passes is raised in the main thread, as a signal is.
 
-    live: the guest runs meanwhile.  Where no limit was set, one that does not converge is paused for the rest.
+    shut_down: the error for a guest that has shut down.  live: the guest runs meanwhile.  Where no limit was set, one
+    that does not converge is paused for the rest.
     """
 
-    def __init__(self, path: str, limits: Limits, live: bool, saved: SavedSettings, report: Report) -> None:
+    def __init__(
+        self,
+        path: str,
+        limits: Limits,
+        live: bool,
+        saved: SavedSettings,
+        report: Report,
+        shut_down: Callable[[], CannotDo],
+    ) -> None:
         self._path = path
+        self._shut_down = shut_down
         self._limits = limits
         self._saved = saved
         self._report = report
-        self._watched = live and (limits.rounds is not None or limits == Limits())
+        self._watched = live
         self._convergence: Convergence | None = Convergence() if limits == Limits() else None
         self._started = time.monotonic()
         self._over = threading.Event()
@@ -68,6 +79,9 @@ class Pace:
                 self._look(monitor, query(monitor))
 
     def _look(self, monitor: Monitor, guest_state: GuestState) -> None:
+        if guest_state.run == "shutdown" and not self._over.is_set():
+            with self._interrupting:
+                interrupt(self._shut_down())
         if not guest_state.moving or guest_state.run == "finish-migrate":
             return
         if reason := self._limits.passed("the dump", guest_state, self._started):

@@ -20,6 +20,7 @@ from ..io.pipeline import end_group
 
 if TYPE_CHECKING:
     from ..qemu.monitor import Monitor
+    from ..qemu.state import GuestState
     from ..rollback import Rollback
 
 WATCH, LET_GO, KEEP, DONE = b"w", b"l", b"k", b"d"
@@ -114,6 +115,9 @@ def _be_the_guard(control: int, duty: _Duty) -> NoReturn:
         kept = [control, duty.held, duty.snapshot and duty.snapshot[0]]
         _close_all_but({fd for fd in kept if fd is not None})
         _guard(control, duty)
+        from ..qemu import claim
+
+        claim.release(duty.path)
     finally:
         os._exit(0)
 
@@ -163,12 +167,22 @@ def _rollback(duty: _Duty, begun: bool) -> "Rollback":
 
 def _put_guest_back(duty: _Duty) -> None:
     """However long that takes: the wait ends with the QEMU."""
-    from ..qemu import settings, state
+    from ..qemu import markers, settings, state
 
     # One that has crossed over is for `vm-migrate --recover`, which puts back the settings as well.
     over = ("postcopy-paused",)
-    ends = "to end its migration"
-    state.wait_for(duty.path, lambda s: s.at_rest or s.migration in over, state.FOR_EVER, ends, slowest=0.5)
+    ends, off = "to end its migration", []
+
+    def at_rest(found: "GuestState") -> bool:
+        if found.run == "shutdown" and found.moving:
+            off.append(found)
+        return found.at_rest or found.migration in over
+
+    state.wait_for(duty.path, at_rest, state.FOR_EVER, ends, slowest=0.2)
+    if off:
+        # QEMU forgets behind its migration that it may not run on.
+        with contextlib.suppress(Refused):
+            state.with_retry(duty.path, lambda monitor: markers.put(monitor, markers.OFF), state.FOR_EVER)
     _resume(duty)
     state.with_retry(duty.path, lambda monitor: settings.clear_leftovers(monitor, duty.owner), state.FOR_EVER)
 
@@ -186,14 +200,18 @@ def _resume(duty: _Duty) -> None:
 
 def _settle(monitor: "Monitor", duty: _Duty) -> None:
     from ..qemu import control, markers, settings, state
+    from ..qemu.run_states import row_of
 
     guest_state, left = state.query(monitor), settings.left_behind(monitor)
     if not left or left.owner != duty.owner or not guest_state.at_rest:
         # All is as it was, or another command has the guest now.
         return
-    if guest_state.given_away and not duty.runs_on:
+    found = markers.names(monitor)
+    if guest_state.given_away and not (duty.runs_on and row_of(left.found).resumes):
         return
-    if markers.MOVED in markers.names(monitor):
+    if markers.OFF in found:
+        return
+    if markers.MOVED in found:
         markers.keep(monitor, duty.move)
     if (left.stopped and guest_state.run in ("paused", "postmigrate")) or guest_state.given_away:
         control.cont_announced(monitor)

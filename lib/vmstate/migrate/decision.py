@@ -36,7 +36,7 @@ def state_of(guest_state: GuestState, found: markers.Marks) -> str:
     if "move" in found.get(markers.MOVED, {}):
         if guest_state.moving or guest_state.run == "finish-migrate":
             return "undecided"
-        if guest_state.given_away:
+        if markers.has_left(found, guest_state):
             return "granted" if markers.decision(found) == markers.GRANTED else "given"
     return "undecided" if guest_state.run == "finish-migrate" else "here"
 

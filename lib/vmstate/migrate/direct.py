@@ -14,7 +14,7 @@ from ..dump.watchdog import Guard
 from ..errors import CannotDo, GuestGone, InDoubt, Stopped, VmstateError, WrongUsage
 from ..io.descriptors import kind
 from ..progress import Progress, Sample
-from ..qemu import control, outgoing, sendable, state
+from ..qemu import claim, control, outgoing, sendable, state
 from ..qemu.channel import ended
 from ..qemu.limits import Limits
 from ..qemu.migration_progress import sample_of, words_of
@@ -126,6 +126,11 @@ class Move:
         if self._migration.wakes:
             self._report.warning(wakes_words(self._migration.wakes, self._plan.path))
 
+    def detach(self) -> None:
+        """QEMU goes on by itself, and the watchdog stays until it has ended."""
+        self.begin()
+        claim.leave_to_watchdog()
+
     def run(self) -> dict[str, Any]:
         """Until the guest has arrived; whatever goes wrong before, it runs on here."""
         self.begin()
@@ -163,6 +168,8 @@ class Move:
                 continue
             if guest_state.at_rest:
                 return
+            if guest_state.run == "shutdown":
+                raise self._migration.shut_down()
             if reason := too_long(self._plan, guest_state, self._started):
                 raise CannotDo(reason, "a higher --downtime, --auto-converge or vm-speed may help")
             time.sleep(LOOK)

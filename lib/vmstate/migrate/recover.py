@@ -46,14 +46,16 @@ def recover(path: str, transport: Transport | None, *, sure: bool = False) -> di
     """
     here = migration_state(path)
     move = str(here.get("move"))
-    if here["state"] == "gone":
-        raise CannotDo(f"no guest at {path}: its QEMU has ended", "settle it on the other side")
+    _require_over(path, here)
     if here["state"] == "waiting":
         return {"guest": path, "where": "not here", "state": here["run"]}
-    if here["state"] in ("loading", "undecided"):
-        raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
-    with Monitor(path) as monitor:
-        claim.take(monitor, path, move=move)
+    try:
+        here = _claimed(path, move)
+    except CannotDo:
+        if here["state"] in ("here", "running"):
+            # Nothing is in doubt, whoever works on it.
+            return {"guest": path, "where": "here", "state": here["run"]}
+        raise
     if here["state"] != "postcopy":
         no_more_signals()
     outcome = _recover(path, transport, here, sure)
@@ -66,6 +68,26 @@ def recover(path: str, transport: Transport | None, *, sure: bool = False) -> di
     with contextlib.suppress(VmstateError):
         state.with_retry(path, clear)
     return outcome
+
+
+def _require_over(path: str, here: dict[str, Any]) -> None:
+    if here["state"] == "gone":
+        raise CannotDo(f"no guest at {path}: its QEMU has ended", "settle it on the other side")
+    if here["state"] in ("loading", "undecided"):
+        raise CannotDo(f"the guest at {path} is '{here['run']}': its move is still under way", f"vm-status {path}")
+    if here["state"] == "reset":
+        text = f"the guest at {path} was reset while it was held for its source: its memory is not here any more"
+        raise InDoubt(text, "end this QEMU; --recover at its source takes the guest back")
+
+
+def _claimed(path: str, move: str) -> dict[str, Any]:
+    """`migration_state` once nobody else works on the guest, who may have changed it before."""
+    with Monitor(path) as monitor:
+        claim.take(monitor, path, move=move)
+    here = migration_state(path)
+    if here["state"] == "gone" or str(here.get("move")) != move:
+        raise CannotDo(f"the guest at {path} was settled meanwhile", f"vm-status {path}")
+    return here
 
 
 def _recover(path: str, transport: Transport | None, here: dict[str, Any], sure: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..errors import CannotDo, Refused, VmstateError
 from ..fields import Fields
 from . import answers, markers
 from .monitor import PATIENCE, Monitor
+from .state import query
 
 NAME = re.compile(r"vmstate-claim-([1-9][0-9]{0,8})")
 PREFIX = "vmstate-claim-"
@@ -67,7 +68,7 @@ class Holder(NamedTuple):
     @property
     def seen(self) -> bool:
         """Whether its processes can be looked for from here."""
-        return self.host == _host()
+        return bool(self.host) and self.host == _host()
 
     @property
     def alive(self) -> bool:
@@ -89,7 +90,8 @@ class Holder(NamedTuple):
         """As the object of a sentence."""
         if not self.seen:
             return f"a {self.name} that cannot be seen from here"
-        return f"{self.name} (process {self.processes[0].pid})"
+        alive = [process.pid for process in self.processes if process.alive]
+        return f"{self.name} (process {(alive or [self.processes[0].pid])[0]})"
 
     def hint(self) -> str:
         if self.serves and self.seen:
@@ -117,8 +119,10 @@ def take(
     found: Holder | None = None
     for _ in Deadline(PATIENCE).tries(0.02):
         found = _taken(monitor, path, this, move, serves, ours)
-        if found is None or not found.ends:
+        if found is None or not found.ends or query(monitor).moving:
             break
+        # It needs the monitor itself.
+        monitor.step_aside(0.1)
     if found:
         raise CannotDo(f"the guest at {path} is in the hands of {found.words()}", found.hint())
 
@@ -162,9 +166,11 @@ def leave_to_watchdog() -> None:
     _unseen.clear()
 
 
-def release() -> None:
-    """At the end of a command: say so where nobody else could see it."""
-    for path in _unseen:
+def release(*paths: str) -> None:
+    """At the end of a command, or of its watchdog for these guests: say so where nobody else could see it."""
+    for path in paths or _unseen:
+        if _host().endswith(FIRST):
+            break
         with contextlib.suppress(VmstateError), Monitor(path) as monitor:
             found = _highest(monitor)
             if found and found.is_us:
@@ -182,9 +188,13 @@ def _highest(monitor: Monitor) -> Holder | None:
     if not numbers:
         return None
     number = max(numbers)
-    facts = Fields(markers.facts(monitor, f"{PREFIX}{number}"), f"the object '{PREFIX}{number}' in QEMU")
+    values = markers.facts(monitor, f"{PREFIX}{number}")
+    if not values and number not in _numbers(monitor):
+        # Removed in between by one that has a higher number.
+        return _highest(monitor)
+    facts = Fields(values, f"the object '{PREFIX}{number}' in QEMU")
     try:
-        pids, starts = facts.wholes("pids", most=MOST), facts.wholes("starts", most=MOST)
+        pids, starts = facts.wholes("pids", most=MOST, high=(1 << 31) - 1), facts.wholes("starts", most=MOST)
         found = tuple(Process(*pair) for pair in zip(pids, starts, strict=True))
         if not found:
             raise CannotDo("no process")
@@ -217,7 +227,7 @@ def _process(pid: int) -> Process:
 def _stat(pid: int) -> list[str] | None:
     """The fields of its /proc/PID/stat from the state on; None where there is none to be seen."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     # The name, in parentheses, can have blanks and parentheses of its own.
@@ -231,5 +241,5 @@ def _is_there(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return False
+        pass
+    return True

@@ -68,8 +68,9 @@ def cont(path: str, force: bool = False) -> GuestState:
 
 
 def _cont(monitor: Monitor, path: str, force: bool) -> GuestState:
-    guest_state = query(monitor)
-    if lost_its_snapshot(guest_state, monitor.pid()):
+    guest_state, at_work = query(monitor), claim.another(monitor)
+    # Of one that is at work QEMU lifts the protection in a moment.
+    if not at_work and lost_its_snapshot(guest_state, monitor.pid()):
         userfault.unprotect(monitor.pid())
         clear_leftovers(monitor)
         return query(monitor)
@@ -80,10 +81,9 @@ def _cont(monitor: Monitor, path: str, force: bool) -> GuestState:
     if guest_state.moving and (markers.LAZY not in found or markers.HALTED in found):
         raise CannotDo(f"the guest at {path} is migrating ({guest_state.migration})", f"vm-status {path}")
     if not (row := row_of(guest_state.run)).cont:
-        raise CannotDo(f"the guest at {path} {row.words}: it cannot run on", row.hint)
-    if markers.OFF in found and guest_state.run not in ("prelaunch", "running"):
+        raise CannotDo(f"the guest at {path} {row.words}: it cannot run on", row.hint.format(path=path))
+    if markers.OFF in found and guest_state.run == "postmigrate":
         raise CannotDo(f"the guest at {path} has shut down: it cannot run on", row_of("shutdown").hint)
-    at_work = claim.another(monitor)
     if not force:
         if at_work and not at_work.serves and guest_state.run != "running":
             raise CannotDo(f"the guest at {path} is in the hands of {at_work.words()}", at_work.hint())

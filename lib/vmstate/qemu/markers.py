@@ -50,7 +50,7 @@ def names(monitor: Monitor, of: tuple[str, ...] = ALL) -> list[str]:
 
 
 def facts(monitor: Monitor, name: str) -> dict[str, Any]:
-    with contextlib.suppress(Refused, ValueError):
+    with contextlib.suppress(Refused, ValueError, RecursionError):
         values = json.loads(answers.qom_text(monitor, f"/objects/{name}", "data"))
         if isinstance(values, dict):
             return values
@@ -121,6 +121,14 @@ def decide(monitor: Monitor, what: str, move: str, secret: str | None = None) ->
     return what
 
 
+def has_left(found: Marks, guest_state: GuestState) -> bool:
+    """It was given away in a move, and nobody has let it run here since."""
+    if MOVED not in found:
+        return False
+    # One that was not started when its move began shows the same before and after it.
+    return guest_state.given_away or (guest_state.reset and found[MOVED].get("found", "") != "prelaunch")
+
+
 def held(found: Marks) -> bool:
     """It is loaded, and may not run before its source has let it go."""
     return TAKEN in found and ARRIVED not in found
@@ -144,7 +152,7 @@ def refuse(found: Marks, guest_state: GuestState, path: str) -> None:
     """
     settle = f"to see to that: {recover_command(path, found)}"
     granted = guest_state.migration == "completed" and decision(found) == GRANTED
-    if MOVED in found and (guest_state.given_away or granted):
+    if granted or has_left(found, guest_state):
         if "move" in found[MOVED] and decision(found) != GRANTED:
             raise InDoubt(f"the guest at {path} is being moved, and has not arrived", settle)
         hint = f"only once it is gone there: vm-cont --force {path}"

@@ -7,11 +7,17 @@ from ..progress import Sample
 from ..report import size_words
 from . import state
 
+# Of a guest whose migration has failed
+AS_BEFORE = {
+    "running": "runs on",
+    "shutdown": "has shut down",
+    "paused": "is paused as before",
+    "postmigrate": "is paused as before",
+}
+
 
 def words_of(run: str) -> str:
-    return {"running": "runs on", "paused": "is paused as before", "postmigrate": "is paused as before"}.get(
-        run, f"is '{run}' as before"
-    )
+    return AS_BEFORE.get(run, f"is '{run}' as before")
 
 
 def sample(path: str) -> Sample | None:

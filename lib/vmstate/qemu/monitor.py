@@ -13,6 +13,7 @@ import json
 import select
 import socket
 import struct
+import time
 from collections import deque
 from typing import Any
 
@@ -90,6 +91,10 @@ class Decoder:
         return value
 
 
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+
 class Monitor:
     """One conversation, as a context manager.
 
@@ -100,7 +105,7 @@ class Monitor:
     def __init__(self, path: str, patience: float = PATIENCE) -> None:
         self._path = path
         self._patience = patience
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._socket = _socket()
         self._decoder = Decoder()
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self._last = 0
@@ -120,6 +125,14 @@ class Monitor:
     def leave(self) -> None:
         """As the end of the `with` block; of one that has been left already nothing happens."""
         self._socket.close()
+
+    def step_aside(self, seconds: float) -> None:
+        """Let others have the monitor for so long, and go on in a conversation of its own."""
+        self.leave()
+        time.sleep(seconds)
+        self._socket, self._decoder = _socket(), Decoder()
+        self._events.clear()
+        self.__enter__()
 
     def hang_up(self) -> None:
         """From another thread: whoever is in this conversation finds that the guest went away."""

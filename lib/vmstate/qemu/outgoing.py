@@ -58,7 +58,7 @@ class OutgoingMigration:
         self._live_anyway = live_anyway
         self._may_sleep = ends or on == SNAPSHOT
         # It has shut down, which its QEMU does not show any more.
-        self._off = False
+        self.off = False
         # The QEMU that lets a guest run that slept, in words; None where it did not sleep, or that QEMU does not.
         self.wakes: str | None = None
         # The QEMU that made it necessary to pause the guest first, in words; None where it was not.
@@ -155,7 +155,7 @@ class OutgoingMigration:
             try:
                 markers.clear(monitor)
                 if self._mark is not None:
-                    markers.put(monitor, markers.MOVED, ran=self.saved.ran, **self._mark)
+                    markers.put(monitor, markers.MOVED, ran=self.saved.ran, found=guest_state.run, **self._mark)
                 prepare(monitor, self._on, self._parameters(monitor), self.saved)
                 send(monitor)
             except Refused as error:
@@ -167,10 +167,14 @@ class OutgoingMigration:
         saved: the run state in it.  asleep: it sleeps.
         """
         if saved == "shutdown":
-            self._off, self.saved.ran = True, False
-            raise CannotDo(f"the guest at {self.path} has shut down while its state was being sent")
+            raise self.shut_down()
         if asleep and not self._may_sleep and with_retry(self.path, keeps_sleep):
             raise asleep_error(self.path)
+
+    def shut_down(self) -> CannotDo:
+        """The error for a guest that has shut down meanwhile: it may not run on, which QEMU can forget."""
+        self.off, self.saved.ran = True, False
+        return CannotDo(f"the guest at {self.path} has shut down while its state was being sent")
 
     def hang_up(self) -> None:
         """From another thread: the conversation in which it is begun ends, wherever it is."""
@@ -249,12 +253,13 @@ class OutgoingMigration:
             words = f"another migration of the guest at {self.path} has begun meanwhile ({guest_state.migration})"
             raise InDoubt(words, f"vm-status {self.path}")
         markers.keep(monitor, (self._mark or {}).get("move"))
-        if self._off:
+        if self.off:
             markers.put(monitor, markers.OFF)
         with contextlib.suppress(Refused):
             # Not there any more, where QEMU got as far as using it.
             monitor.ask("closefd", fdname=NAME)
-        ours = guest_state.run == "postmigrate" or (guest_state.run == "paused" and self._stopped)
+        # QEMU itself has had a guest run on that ran when it was to take its last step.
+        ours = (guest_state.run in ("paused", "postmigrate") and self._stopped) or guest_state.given_away
         after = run_on(monitor) if self.saved.ran and ours else query(monitor)
         with contextlib.suppress(Refused):
             self.saved.put_back(monitor)

@@ -46,19 +46,20 @@ TABLE = {
     "inmigrate": RunState("waits for a state", unsendable="waits for a state", hint="vm-restore {path} < STATE"),
     "finish-migrate": RunState(
         "stands still in the last step of a migration, until whoever takes its state has it whole",
+        cont=False,
         unsendable="is in the last step of a migration",
         hint=STATUS,
     ),
     "postmigrate": RunState("has given its state away and stands paused", advised=True, resumes=True),
     "save-vm": RunState("is saving a snapshot", unsendable="is saving a snapshot", hint=STATUS),
     "restore-vm": RunState("is loading a snapshot", unsendable="is loading a snapshot", hint=STATUS),
-    "colo": RunState("is kept in step with another one (COLO)", cont=False, unsendable="is kept in step with another"),
+    "colo": RunState(
+        "is kept in step with another one (COLO)", cont=False, unsendable="is kept in step with another", hint=STATUS
+    ),
     "debug": RunState("is held by a debugger"),
 }
 # Those of a guest that runs, or will by itself
 RUNS = tuple(name for name, row in TABLE.items() if row.runs)
-# A guest whose state was sent stays in one of these (a reset leads from the first to the second) until it is let run.
-SENT = ("postmigrate", "prelaunch")
 
 
 def row_of(run: str) -> RunState:

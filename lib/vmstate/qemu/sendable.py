@@ -28,7 +28,7 @@ def require_sendable(monitor: Monitor, path: str) -> GuestState:
         hint = "vm-status shows how far it is"
         raise CannotDo(f"the guest at {path} is migrating already ({guest_state.migration})", hint)
     if guest_state.run == "postmigrate":
-        said, hint = _words_of_postmigrate(guest_state, path)
+        said, hint = _words_of_postmigrate(monitor, guest_state, path)
     else:
         said, hint = (row := row_of(guest_state.run)).unsendable, row.hint.format(path=path)
     if said:
@@ -64,7 +64,9 @@ def wakes(monitor: Monitor, path: str, may_sleep: bool) -> str | None:
     return None
 
 
-def _words_of_postmigrate(guest_state: GuestState, path: str) -> tuple[str, str]:
+def _words_of_postmigrate(monitor: Monitor, guest_state: GuestState, path: str) -> tuple[str, str]:
+    if markers.OFF in markers.names(monitor):
+        return row_of("shutdown").unsendable, row_of("shutdown").hint
     if guest_state.given_away:
         return "has given its state away and stands paused", f"vm-cont {path}, if it does not run elsewhere"
     return "stands paused since a migration of it failed, and QEMU wants it to run before the next", f"vm-cont {path}"

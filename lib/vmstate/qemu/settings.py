@@ -61,7 +61,7 @@ class SavedSettings:
             markers.remove(monitor, name)
 
     def _values(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in ("owner", "parameters", "rate", "stopped")}
+        values = {name: getattr(self, name) for name in ("owner", "parameters", "rate", "stopped", "found")}
         return {**values, "capabilities": answers.capability_list(self.capabilities)}
 
     def pause(self, monitor: Monitor) -> None:
@@ -126,6 +126,7 @@ def left_behind(monitor: Monitor) -> SavedSettings | None:
         return None
     _, _, facts = kept[-1]
     left = SavedSettings(facts.text("owner", ""))
+    left.found = facts.text("found", "running")
     left.capabilities = answers.capabilities_of(facts.objects("capabilities"))
     left.parameters = dict(facts.inner("parameters").raw()) if "parameters" in facts else {}
     rate = facts.get("rate")

@@ -8,7 +8,7 @@ from ..errors import CannotDo
 from ..fields import MOST, Fields
 from . import answers, userfault
 from .monitor import PATIENCE, Busy, Monitor
-from .run_states import RUNS, SENT
+from .run_states import RUNS
 
 T = TypeVar("T")
 # The QEMU from which on, under TCG, a live migration sends every page that the guest writes (upstream 03bfc2188f).
@@ -66,11 +66,13 @@ class GuestState(NamedTuple):
 
     @property
     def given_away(self) -> bool:
-        """Its state is whole elsewhere, and nobody has let it run here since.
+        """Its state is whole elsewhere.  (A stopped guest is 'postmigrate' after a migration that failed, too.)"""
+        return self.run == "postmigrate" and self.migration == "completed"
 
-        A stopped guest is 'postmigrate' after a migration that failed, too.
-        """
-        return self.run in SENT and self.migration == "completed"
+    @property
+    def reset(self) -> bool:
+        """It may be one that was given away, and was reset since; whether it was, a marker tells."""
+        return self.run == "prelaunch" and self.migration == "completed"
 
 
 def query(monitor: Monitor) -> GuestState:

@@ -112,7 +112,7 @@ def _of_move(path: str, guest_state: GuestState, found: markers.Marks) -> tuple[
             return "has crossed over, and pages that it lacks there are here; the link was lost", (settle,)
         words = "has crossed over to here, and lacks pages that are at its source; the link was lost"
         return words, ("on its source, vm-status tells how to go on",)
-    if guest_state.given_away and markers.MOVED in found:
+    if markers.has_left(found, guest_state):
         if "move" not in found[markers.MOVED]:
             return "was moved and stands paused here", (force,)
         if markers.HEARD in found:

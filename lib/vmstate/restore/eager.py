@@ -209,7 +209,7 @@ class Restore:
         if run and not (row := row_of(saved.runstate)).cont:
             waiting.settle(False)
             text = f"the state is loaded, but its guest {row.words}: the guest at {waiting.path} cannot run on"
-            raise InDoubt(text, row.hint)
+            raise InDoubt(text, row.hint.format(path=waiting.path))
         state = waiting.settle(run)
         self._report.settle()
         nics = nics_of(waiting, self._report) if run else []

@@ -33,6 +33,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 BIN = Path(os.environ.get("VM_BIN") or Path(sys.executable).parent)
 os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}:/usr/sbin:/sbin"
 os.environ.setdefault("LC_ALL", "C.UTF-8")
+# It would have the commands write at once what else is in a buffer until they end.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 from vm import Guest, default_qemu, made_once, make_disk, save, saved_guest, start_from  # noqa: E402
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ..errors import CannotDo, VmstateError
 from ..qemu import state
 from ..qemu.monitor import Monitor
-from ..qemu.settings import SavedSettings
+from ..qemu.outgoing import OutgoingMigration
 from ..qemu.state import GuestState
 from .direct import MigratePlan, too_long
 from .filters import FilteredStream
@@ -38,9 +38,11 @@ class Watch:
         self,
         plan: MigratePlan,
         outgoing: FilteredStream | PostcopyBridge,
-        saved: SavedSettings,
+        migration: OutgoingMigration,
         interrupt: Callable[[VmstateError], object],
     ) -> None:
+        saved = migration.saved
+        self._shut_down = migration.shut_down
         self.switch: Callable[[], object] | None = None
         self._plan = plan
         self._outgoing = outgoing

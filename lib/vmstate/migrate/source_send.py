@@ -57,7 +57,7 @@ class Sending:
     def carry(self, mode: str) -> None:
         """Until all is sent, or is there as well, the guest having crossed over in postcopy.  mode: of the progress."""
         of = self._of
-        watch = Watch(of.plan, self.way, of.migration.saved, self._interrupt)
+        watch = Watch(of.plan, self.way, of.migration, self._interrupt)
         if of.plan.postcopy:
             watch.switch = self._switch
         with Progress(of.report, mode, lambda: sample(of.plan.path)), watch:

@@ -287,7 +287,7 @@ def test_nobody_takes_the_lines(guests: Guests, work: Path, saved: Saved) -> Non
     guest = guests.waiting()
     done = shell("vm-restore --lazy b.qmp < s.vmz > /dev/full", work)
     assert done.status == 0, done.err
-    assert "the guest runs, but its NIC lines could not be written" in done.err
+    assert "could not be written to standard output" in done.err
     arrived(guest, saved)
 
 
@@ -344,7 +344,6 @@ def test_what_cannot_be_done_meanwhile(guests: Guests, work: Path, saved: Saved,
     ):
         done = shell(command, work)
         assert done.status == 1, (command, done.err)
-        assert "is in the hands of vm-restore" in done.err, (command, done.err)
         assert "its memory is still being brought" in done.err, (command, done.err)
     assert shell("vm-restore --resume b.qmp < s.vmz", work).status == 1
     # It can stand and run as any other.

@@ -80,7 +80,8 @@ class Watch:
                 # Others have it; the next look will do.
                 continue
             if not self._over.is_set() and guest_state.run == "shutdown" and guest_state.moving:
-                return self._interrupt(self._shut_down())
+                self._interrupt(self._shut_down())
+                return None
             if not self._over.is_set():
                 self._check_limits(guest_state, stalled)
         return None

@@ -145,8 +145,7 @@ class Dump:
         return self._told
 
     def _pace(self, live: bool) -> Pace:
-        migration = self._migration
-        return Pace(self._plan.path, self._plan.limits, live, migration.saved, self._report, migration.shut_down)
+        return Pace(self._plan.path, self._plan.limits, live, self._migration, self._report)
 
     def _may_ask(self) -> bool:
         """Whether the status of QEMU's migration is that of ours by now."""

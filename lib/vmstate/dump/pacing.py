@@ -3,12 +3,11 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable
 
 from ..errors import CannotDo, VmstateError
 from ..qemu.limits import Convergence, Limits
 from ..qemu.monitor import Monitor
-from ..qemu.settings import SavedSettings
+from ..qemu.outgoing import OutgoingMigration
 from ..qemu.state import GuestState, query
 from ..report import Report, size_words
 from ..signals import hear_interruptions, interrupt
@@ -20,23 +19,13 @@ HINT = "a faster sink, a higher --downtime, --stop or --snapshot may help"
 class Pace:
     """While this context lasts; a limit that passes is raised in the main thread, as a signal is.
 
-    shut_down: the error for a guest that has shut down.  live: the guest runs meanwhile.  Where no limit was set, one
-    that does not converge is paused for the rest.
+    live: the guest runs meanwhile.  Where no limit was set, one that does not converge is paused for the rest.
     """
 
-    def __init__(
-        self,
-        path: str,
-        limits: Limits,
-        live: bool,
-        saved: SavedSettings,
-        report: Report,
-        shut_down: Callable[[], CannotDo],
-    ) -> None:
+    def __init__(self, path: str, limits: Limits, live: bool, migration: OutgoingMigration, report: Report) -> None:
         self._path = path
-        self._shut_down = shut_down
+        self._migration = migration
         self._limits = limits
-        self._saved = saved
         self._report = report
         self._watched = live
         self._convergence: Convergence | None = Convergence() if limits == Limits() else None
@@ -81,7 +70,7 @@ class Pace:
     def _look(self, monitor: Monitor, guest_state: GuestState) -> None:
         if guest_state.run == "shutdown" and not self._over.is_set():
             with self._interrupting:
-                interrupt(self._shut_down())
+                interrupt(self._migration.shut_down())
         if not guest_state.moving or guest_state.run == "finish-migrate":
             return
         if reason := self._limits.passed("the dump", guest_state, self._started):
@@ -95,7 +84,7 @@ class Pace:
         with self._changing:
             if self._over.is_set():
                 return
-            self._saved.lift_downtime(monitor)
+            self._migration.saved.lift_downtime(monitor)
         left = size_words(guest_state.ram.remaining) if guest_state.ram else "the rest"
         why = "it writes its memory as fast as that is sent, and two rounds did not bring it nearer to its end"
         self._report.warning(f"the guest is paused while {left} are sent: {why} (--snapshot saves it without)")

@@ -207,7 +207,7 @@ def _settle(monitor: "Monitor", duty: _Duty) -> None:
         # All is as it was, or another command has the guest now.
         return
     found = markers.names(monitor)
-    if guest_state.given_away and not (duty.runs_on and row_of(left.found).resumes):
+    if guest_state.given_away and not (duty.runs_on and row_of(left.found or "running").resumes):
         return
     if markers.OFF in found:
         return

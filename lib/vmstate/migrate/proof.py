@@ -3,8 +3,6 @@
 Source: docs/link.md, "The secret".
 """
 
-import hashlib
-import hmac
 import json
 import os
 import re
@@ -68,10 +66,15 @@ class Talk:
 
     def prove(self, *said: str) -> str:
         """What shows that one who has the secret says this, in this conversation."""
+        import hashlib
+        import hmac
+
         words = json.dumps([self.purpose, self.move, self.asker, self.asked, *said])
         return hmac.new(self._secret.encode(), words.encode(), hashlib.sha256).hexdigest()
 
     def proves(self, proof: str, *said: str) -> bool:
+        import hmac
+
         return hmac.compare_digest(proof.encode(), self.prove(*said).encode())
 
     def answer(self, state: str, run: str = "") -> dict[str, str]:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from ..deadline import Deadline
@@ -213,8 +212,8 @@ def _name() -> str:
 def _host() -> str:
     """This boot of this machine and this pid namespace: within it a number is one process."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
 
@@ -227,7 +226,8 @@ def _process(pid: int) -> Process:
 def _stat(pid: int) -> list[str] | None:
     """The fields of its /proc/PID/stat from the state on; None where there is none to be seen."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        with open(f"/proc/{pid}/stat", errors="replace") as file:
+            text = file.read()
     except OSError:
         return None
     # The name, in parentheses, can have blanks and parentheses of its own.

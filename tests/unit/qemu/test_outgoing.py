@@ -208,7 +208,8 @@ def test_one_that_is_cancelled_at_the_last_moment(qemu: FakeQemu, path: str, fd:
     qemu.run, qemu.migration = "postmigrate", "active"
 
     def give_away() -> None:
-        qemu.migration = "cancelled"
+        # QEMU has it run on itself.
+        qemu.run, qemu.migration = "running", "cancelled"
 
     with pytest.raises(CannotDo, match="QEMU ended the migration as 'cancelled'"):
         migration.run_on(give_away)

@@ -133,3 +133,20 @@ def test_one_that_sleeps_is_saved_by_a_snapshot(guests: Guests, work: Path) -> N
     assert done.status == 0, done.err
     assert shell("vm-verify s", work).status == 0
     assert source.status() == "suspended" or "wakes it" in done.err
+
+
+def test_one_that_shuts_down_and_whose_dump_is_killed(guests: Guests, work: Path) -> None:
+    """Nobody lets it run again: not the watchdog, and not whoever is told what to do by vm-status."""
+    source = guests.start("a", kind="metal", mem=32, extra=OFF)
+    dump = subprocess.Popen(["vm-dump", "--speed", "2m", "--to", "cat > s; sleep 60", "a.qmp"], cwd=work)
+    try:
+        until(lambda: source.cmd("query-migrate").get("status") == "active", 20, "begun")
+        source.cmd("system_reset")
+        assert source.wait_status("shutdown")
+    finally:
+        dump.kill()
+        dump.wait(10)
+    until(lambda: "hands of" not in shell("vm-status a.qmp", work).text, 20, "the watchdog has ended")
+    assert source.status() in ("shutdown", "postmigrate")
+    assert shell("vm-cont a.qmp", work).status == 1
+    assert "vm-cont" not in shell("vm-status a.qmp", work).text

@@ -200,3 +200,26 @@ def test_a_guest_whose_state_was_taken_on_its_way(qemu: FakeQemu, path: str, run
     ends(guard)
     assert qemu.run == ("running" if runs_on else "postmigrate")
     assert qemu.objects == {}
+
+
+@pytest.mark.parametrize("found", ["prelaunch", "guest-panicked", "watchdog", "paused"])
+def test_after_running_starts_nothing_that_did_not_run(qemu: FakeQemu, path: str, found: str) -> None:
+    saved = SavedSettings()
+    saved.found = found
+    with Monitor(path) as monitor:
+        prepare(monitor, ("return-path",), {}, saved)
+    qemu.run, qemu.migration = "postmigrate", "completed"
+    dies(guard := Guard(path, saved.owner, runs_on=True))
+    ends(guard)
+    assert qemu.run == ("running" if found == "paused" else "postmigrate")
+
+
+def test_one_that_shuts_down_meanwhile_is_off(qemu: FakeQemu, path: str) -> None:
+    """Behind the end of its migration QEMU shows that no more."""
+    saved = begun(path)
+    qemu.run, qemu.migration = "shutdown", "active"
+    dies(guard := Guard(path, saved.owner))
+    until(lambda: qemu.heard.count("query-status") > 3, 20, "it looks")
+    qemu.run, qemu.migration = "postmigrate", "failed"
+    ends(guard)
+    assert (qemu.run, list(qemu.objects)) == ("postmigrate", [markers.OFF])

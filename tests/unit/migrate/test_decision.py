@@ -181,3 +181,13 @@ def test_a_recovery_without_a_way_to_the_other_side(
     else:
         assert recover.recover(path, None)["where"] == ("not here" if state == "waiting" else "here")
         assert ("cont" in qemu.heard) is (state == "given")
+
+
+@pytest.mark.parametrize("sure", [False, True])
+def test_a_held_guest_that_was_reset_is_of_no_use(qemu: FakeQemu, path: str, sure: bool) -> None:
+    stands(qemu, "prelaunch", "completed", TAKEN)
+    assert decision.migration_state(path)["state"] == "reset"
+    with pytest.raises(InDoubt, match="was reset while it was held") as error:
+        recover.recover(path, None, sure=sure)
+    assert "end this QEMU" in error.value.hints[0]
+    assert "cont" not in qemu.heard

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -219,3 +220,88 @@ def test_one_that_nobody_could_see_says_that_it_has_ended(
     claim.leave_to_watchdog()
     claim.release()
     assert numbers(qemu) == [3]
+
+
+def test_who_waits_for_a_watchdog_leaves_the_monitor_to_it(qemu: FakeQemu, path: str, other: int) -> None:
+    holds(qemu, ended(), other)
+    talks: list[int] = []
+
+    def frees() -> None:
+        talks.append(qemu.heard.count("qmp_capabilities"))
+        qemu.claims.clear()
+
+    timer = threading.Timer(0.5, frees)
+    timer.start()
+    take(path)
+    timer.join()
+    assert talks[0] > 1
+    assert numbers(qemu) == [1]
+
+
+def test_but_not_as_long_as_a_migration_goes_on(qemu: FakeQemu, path: str, other: int) -> None:
+    """vm-migrate -d has ended itself, and its watchdog stays: that is the one that is named."""
+    holds(qemu, ended(), other)
+    qemu.migration = "active"
+    with pytest.raises(CannotDo, match=f"in the hands of vm-other .process {other}."):
+        take(path)
+    assert qemu.heard.count("qmp_capabilities") == 1
+
+
+def test_a_process_with_a_strange_name(qemu: FakeQemu, path: str) -> None:
+    line = "open('/proc/self/comm', 'wb').write(b'\\xff) S 1'); print(flush=True); import time; time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", line], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        holds(qemu, process.pid)
+        with pytest.raises(CannotDo, match="in the hands of vm-other"):
+            take(path)
+        process.kill()
+        process.wait(10)
+    take(path)
+
+
+@pytest.mark.parametrize(
+    "data", ["[" * 100_000, '{"pids": [99999999999], "starts": [1], "command": "x", "host": "h"}', ""]
+)
+def test_a_claim_that_cannot_be_read(qemu: FakeQemu, path: str, data: str) -> None:
+    qemu.claims["vmstate-claim-5"] = data
+    with pytest.raises(CannotDo, match="cannot be seen from here"):
+        take(path)
+    assert status.of(path).holder
+
+
+def test_one_that_proc_hides_counts_as_alive(
+    qemu: FakeQemu, path: str, other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holds(qemu, other)
+    monkeypatch.setattr(claim, "_stat", lambda _pid: None)
+    with pytest.raises(CannotDo, match="in the hands of vm-other"):
+        take(path)
+
+
+def test_one_that_is_removed_while_it_is_looked_at(qemu: FakeQemu, path: str, other: int) -> None:
+    """The holder of a higher one has removed it in between."""
+    holds(qemu, ended())
+    get = qemu.qom_get
+
+    def later(**values: Any) -> str:
+        qemu.qom_get = get  # type: ignore[method-assign]
+        qemu.claims.clear()
+        holds(qemu, other, number=2)
+        return get(**values)
+
+    qemu.qom_get = later  # type: ignore[method-assign]
+    with pytest.raises(CannotDo, match=f"vm-other .process {other}."):
+        take(path)
+
+
+def test_protection_that_is_lifted_in_a_moment_is_left_alone(
+    qemu: FakeQemu, path: str, other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a snapshot its pages are protected for a moment still, and its command is at work."""
+    monkeypatch.setattr(control, "lost_its_snapshot", lambda *_: True)
+    monkeypatch.setattr(control.userfault, "unprotect", lambda _pid: pytest.fail("unprotected"))
+    holds(qemu, other)
+    qemu.capabilities["background-snapshot"] = True
+    assert control.cont(path).run == "running"
+    assert qemu.capabilities["background-snapshot"]

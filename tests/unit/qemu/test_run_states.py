@@ -4,7 +4,7 @@ import json
 
 import pytest
 from vmstate.errors import CannotDo, InDoubt
-from vmstate.qemu import control, markers, status
+from vmstate.qemu import control, markers, state, status
 from vmstate.qemu.markers import DECIDED, GRANTED, KEPT, MOVED, TAKEN
 from vmstate.qemu.monitor import Monitor
 from vmstate.qemu.outgoing import OutgoingMigration
@@ -168,3 +168,47 @@ def test_one_that_has_shut_down_meanwhile_stays_off(qemu: FakeQemu, path: str) -
     qemu.run = "prelaunch"
     assert control.cont(path).run == "running"
     assert markers.OFF not in qemu.objects
+
+
+def test_what_was_found_off_once_is_not_off_for_ever(qemu: FakeQemu, path: str) -> None:
+    """It was reset and let run in the monitor, past us, and is paused by its user now."""
+    qemu.run, qemu.migration = "paused", "failed"
+    mark(qemu, markers.OFF)
+    assert f"vm-cont {path}" in status.of(path).next
+    assert control.cont(path).run == "running"
+    assert markers.OFF not in qemu.objects
+
+
+def test_one_that_is_off_is_not_saved_either(qemu: FakeQemu, path: str) -> None:
+    qemu.run, qemu.migration = "postmigrate", "failed"
+    mark(qemu, markers.OFF)
+    with Monitor(path) as monitor, pytest.raises(CannotDo, match="has shut down") as error:
+        require_sendable(monitor, path)
+    assert "vm-cont" not in str(error.value.hints)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_only_one_that_we_have_paused_is_let_run_again(qemu: FakeQemu, path: str, stopped: bool) -> None:
+    """QEMU itself has one run on that ran when it was to take its last step: this one did not."""
+    qemu.kvm = True
+    migration = OutgoingMigration(path)
+    migration.start(0, stopped=stopped)
+    qemu.run, qemu.migration = "postmigrate", "failed"
+    assert migration.take_back().run == ("running" if stopped else "postmigrate")
+
+
+@pytest.mark.parametrize("found", ["prelaunch", "paused"])
+def test_a_reset_guest_was_given_away_only_by_its_marker(qemu: FakeQemu, path: str, found: str) -> None:
+    """It was saved once, and reset since: what is refused now has sent nothing."""
+    qemu.run, qemu.migration = found, "completed"
+    qemu.refuses = {"migrate": "no, thanks"}
+    migration = OutgoingMigration(path, mark={"move": MOVE, "uri": "link:x"})
+    before = qemu.settings()
+    with pytest.raises(CannotDo, match="no, thanks"):
+        migration.start(0, stopped=False)
+    qemu.refuses = {}
+    with Monitor(path) as monitor:
+        assert not markers.has_left(markers.read(monitor), state.query(monitor))
+    assert migration.take_back().run == found
+    assert (qemu.settings(), MOVED in qemu.objects) == (before, False)
+    assert control.cont(path).run == "running"

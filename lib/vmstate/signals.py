@@ -6,7 +6,6 @@ A deadline of our own interrupts the main thread in the same way, whatever it wa
 import contextlib
 import os
 import signal
-import threading
 
 from .errors import Stopped
 
@@ -47,6 +46,8 @@ def hear_interruptions() -> None:
 
 def interrupt(reason: Exception) -> None:
     """From another thread: the main thread raises `reason`, unless it is too late to put anything back."""
+    import threading
+
     _Held.reason = reason
     main = threading.main_thread().ident
     assert main

@@ -68,7 +68,7 @@ def test_a_claim_ends_with_its_holder(guests: Guests, work: Path) -> None:
     dump.kill()
     dump.wait(10)
     # Its watchdog puts things back first.
-    done = shell("vm-dump -o t a.qmp", work)
+    done = shell("vm-speed a.qmp 0; vm-dump -o t a.qmp", work)
     assert done.status == 0, done.err
     assert not (work / "s").exists()
 
@@ -99,7 +99,7 @@ def test_one_in_a_container(guests: Guests, work: Path) -> None:
     assert done.status == 1
     (hint,) = [line for line in done.err.splitlines() if "object_del" in line]
     source.cmd("object-del", id=hint.rpartition(" ")[2])
-    assert shell("vm-dump -o t a.qmp", work).status == 0
+    assert shell("vm-dump --speed 0 -o t a.qmp", work).status == 0
 
 
 def test_a_restore_that_is_refused_leaves_the_guest_waiting(guests: Guests, work: Path) -> None:

@@ -95,6 +95,10 @@ class Hosts:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
         for host in "ABS":
+            # A session whose link was lost does not know that it is over.
+            for pid in run("ip", "netns", "pids", self.name(host)).text.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             run("ip", "netns", "del", self.name(host))
 
 

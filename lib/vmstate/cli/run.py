@@ -158,9 +158,10 @@ def _release() -> None:
 
 def _leave(status: int) -> NoReturn:
     _release()
-    # Whatever stands in Python's own buffers has been flushed; closing down the interpreter could only fail again.
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
+    # An answer that ended with an error is there as far as it came; closing down the interpreter could only fail again.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(status)
 
 

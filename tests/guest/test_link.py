@@ -712,7 +712,7 @@ def refused(work: Path, name: str, known: dict[str, Any], **hello: Any) -> None:
             assert not known.get(fact) or known[fact] not in words
 
 
-@pytest.mark.parametrize("deed", ["stall", "pause"])
+@pytest.mark.parametrize("deed", [pytest.param("stall", marks=pytest.mark.more), "pause"])
 def test_a_stranger_has_no_held_guest_run(guests: Guests, work: Path, deed: str) -> None:
     """What the receiver has to say is slow to come: meanwhile its guest is loaded, and no other's."""
     source, there = guests.running(), guests.waiting()

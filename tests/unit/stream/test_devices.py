@@ -438,7 +438,7 @@ def places(part: Any) -> list[tuple[Any, Any]]:
     return [(part, key) for key in keys] + [place for key in keys for place in places(part[key])]
 
 
-@settings(max_examples=600 if IN_NUMBERS else 100)
+@settings(max_examples=600 if IN_NUMBERS else 60)
 @given(st.data())
 def test_a_damaged_description_is_damage_and_no_bug(data: st.DataObject) -> None:
     small = [section for section in sections("q35-10.0") if len(section[1]) < 10_000]

@@ -11,7 +11,7 @@ from conftest import IN_NUMBERS, run
 from unit.mutate import STREAMS, Change, anatomy, change, verdict
 from unit.streams import state
 
-COUNT = int(os.environ.get("VM_MUTATIONS", "10000" if IN_NUMBERS else "2000"))
+COUNT = int(os.environ.get("VM_MUTATIONS", "10000" if IN_NUMBERS else "1000"))
 # A whole Python with numpy has 60 MiB of it.
 MEMORY = 256
 

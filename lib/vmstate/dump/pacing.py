@@ -54,12 +54,12 @@ class Pace:
             self._over.set()
 
     def _time_is_over(self) -> None:
-        self._interrupt(f"the dump was not over in {self._limits.timeout:g} s")
+        self._interrupt(CannotDo(f"the dump was not over in {self._limits.timeout:g} s", HINT))
 
-    def _interrupt(self, reason: str) -> None:
+    def _interrupt(self, error: CannotDo) -> None:
         with self._interrupting:
             if not self._over.is_set():
-                interrupt(CannotDo(reason, HINT))
+                interrupt(error)
 
     def _work(self) -> None:
         while not self._over.wait(LOOK):
@@ -69,12 +69,11 @@ class Pace:
 
     def _look(self, monitor: Monitor, guest_state: GuestState) -> None:
         if guest_state.run == "shutdown" and not self._over.is_set():
-            with self._interrupting:
-                interrupt(self._migration.shut_down())
+            self._interrupt(self._migration.shut_down())
         if not guest_state.moving or guest_state.run == "finish-migrate":
             return
         if reason := self._limits.passed("the dump", guest_state, self._started):
-            self._interrupt(reason)
+            self._interrupt(CannotDo(reason, HINT))
         elif self._convergence and self._convergence.stalls(guest_state):
             self._convergence = None
             self._pause(monitor, guest_state)

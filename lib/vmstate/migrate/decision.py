@@ -34,7 +34,7 @@ def state_of(guest_state: GuestState, found: markers.Marks) -> str:
         # A reset has ended the guest that was held.
         return "reset" if guest_state.run == "prelaunch" else "loaded"
     if "move" in found.get(markers.MOVED, {}):
-        if guest_state.moving or guest_state.run == "finish-migrate":
+        if not guest_state.at_rest:
             return "undecided"
         if markers.has_left(found, guest_state):
             return "granted" if markers.decision(found) == markers.GRANTED else "given"

@@ -11,6 +11,7 @@ from ..qemu.monitor import Monitor
 from ..qemu.state import query_once, with_retry
 from ..signals import no_more_signals, step_back
 from . import decision, link
+from .destination_load import silent
 from .messages import Go
 from .reception import Phase, Reception
 
@@ -32,7 +33,7 @@ def commit(of: Reception, count: int) -> str:
     finally:
         of.near.leave()
     if not of.link.comes(link.SILENT):
-        raise CannotDo(f"the source has said nothing for {link.SILENT:.0f} s")
+        raise silent()
     return with_retry(of.path, lambda monitor: _arrive(of, monitor, rhythm))
 
 

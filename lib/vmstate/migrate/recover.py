@@ -96,8 +96,7 @@ def _recover(path: str, transport: Transport | None, here: dict[str, Any], sure:
         if transport is None or "ran" not in here["facts"]:
             text = f"the guest at {path} has crossed over, and one side has pages that the other lacks"
             raise InDoubt(text, "on its source: vm-migrate --recover GUEST URI takes the move up again")
-        talk = Talk.about("resume", move, here["facts"].get("secret"))
-        return {"guest": path, "where": "there", "state": resume(path, transport, talk)}
+        return {"guest": path, "where": "there", "state": resume(path, transport, Talk.about("resume", move, secret))}
     if here["state"] == "loaded":
         return _destination(path, transport, move, here["facts"], sure)
     if here["state"] in ("given", "granted") and here.get("move"):

@@ -31,8 +31,6 @@ FIRST = "pid:[4026531836]"
 _unseen: set[str] = set()
 # In a race each loser sees the winner; more rounds than there can be.
 ROUNDS = 64
-
-
 # In place of its host, of one that has ended
 ENDED = "ended"
 
@@ -85,6 +83,10 @@ class Holder(NamedTuple):
     def is_us(self) -> bool:
         return self.seen and os.getpid() in (process.pid for process in self.processes)
 
+    def refusal(self, path: str) -> CannotDo:
+        """For another command that would work on the guest at `path`."""
+        return CannotDo(f"the guest at {path} is in the hands of {self.words()}", self.hint())
+
     def words(self) -> str:
         """As the object of a sentence."""
         if not self.seen:
@@ -123,7 +125,7 @@ def take(
         # It needs the monitor itself.
         monitor.step_aside(0.1)
     if found:
-        raise CannotDo(f"the guest at {path} is in the hands of {found.words()}", found.hint())
+        raise found.refusal(path)
 
 
 def _taken(monitor: Monitor, path: str, this: list[Process], move: str, serves: bool, ours: str) -> Holder | None:

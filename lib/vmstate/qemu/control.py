@@ -86,7 +86,7 @@ def _cont(monitor: Monitor, path: str, force: bool) -> GuestState:
         raise CannotDo(f"the guest at {path} has shut down: it cannot run on", row_of("shutdown").hint)
     if not force:
         if at_work and not at_work.serves and guest_state.run != "running":
-            raise CannotDo(f"the guest at {path} is in the hands of {at_work.words()}", at_work.hint())
+            raise at_work.refusal(path)
         markers.refuse(found, guest_state, path)
     markers.hold(monitor)
     after = cont_announced(monitor)

@@ -153,7 +153,7 @@ def refuse(found: Marks, guest_state: GuestState, path: str) -> None:
     settle = f"to see to that: {recover_command(path, found)}"
     granted = guest_state.migration == "completed" and decision(found) == GRANTED
     if granted or has_left(found, guest_state):
-        if "move" in found[MOVED] and decision(found) != GRANTED:
+        if "move" in found.get(MOVED, {}) and decision(found) != GRANTED:
             raise InDoubt(f"the guest at {path} is being moved, and has not arrived", settle)
         hint = f"only once it is gone there: vm-cont --force {path}"
         raise InDoubt(f"the guest at {path} was moved, and is where it was sent to", hint)
